@@ -1,0 +1,62 @@
+"""The refiner: anything that looks at a running generation and says how its prompt should go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .trajectory import Turn
+
+
+@dataclass(frozen=True)
+class View:
+    """All that a refiner may look at, for one sample at one turn.
+
+    request: the user's own words, never rewritten.
+    prompt: the prompt in use until now.
+    step, num_steps: the new prompt acts from `step` on, 0 <= step <= num_steps; at num_steps the image is finished.
+    sigma: noise level of `image`'s x0-estimate; in [0, 1] for flow matching, noise over signal otherwise; None at the start.
+    image: RGB preview of the x0-estimate; None at the start.
+    turns: earlier turns of this sample, oldest first.
+    """
+
+    request: str
+    prompt: str
+    step: int
+    num_steps: int
+    sigma: float | None = None
+    image: Image | None = None
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a refiner answers for one view. `prompt` None keeps the prompt in use.
+
+    reasoning: why, in words; never part of the prompt. raw: the model's whole output.
+    token_ids, logprobs: of the sampled output, in nats, for training; same length.
+    error: what went wrong, if anything did; the prompt in use is then kept.
+    """
+
+    prompt: str | None = None
+    reasoning: str = ""
+    raw: str = ""
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    error: str | None = None
+
+
+@runtime_checkable
+class Refiner(Protocol):
+    """`refine` gets the views of a whole batch and returns one answer for each, in order.
+
+    The same length out as in. Text, never tensors. Views are not to be changed. A failure of one sample is a
+    `Refinement(error=...)`, not an exception; an exception counts as a failure of the whole batch. Either way the run goes
+    on with the prompt it had, unless it is strict. Any object with this method will do; there is nothing to inherit.
+    """
+
+    def refine(self, views: Sequence[View]) -> list[Refinement]: ...

@@ -1,0 +1,54 @@
+"""The embedded world: a text-to-image task with an exact judge, small enough for a laptop's CPU, made of real classes.
+
+    from promptloop_pipeline import tiny
+    pipe = tiny.load_pipeline("sd")                    # a stock StableDiffusionPipeline
+    image = pipe("large red circle top left , black background").images[0]
+    tiny.verify(image, "a big red ball on black, nothing else")
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "verify": "verifier", "Verdict": "verifier", "SingleShotRefiner": "refiners", "parse": "language", "system_caption": "language", "user_prompt": "language",
+    "plan": "scenes", "random_spec": "scenes", "single_shot": "refiners", "OracleRefiner": "refiners",
+    "RotationRefiner": "refiners", "requests": "requests",
+}  # fmt: skip
+WEIGHTS = Path(__file__).parent / "weights"
+GENERATORS = ("sd",)
+
+
+def load_pipeline(name: str = "sd", **kwargs: Any) -> Any:
+    """A generator of the embedded world, as the stock diffusers pipeline of its kind, in float32 unless `torch_dtype` says otherwise.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in GENERATORS:
+        raise ValueError(f"there is no embedded generator {name!r}; there are: {', '.join(GENERATORS)}")
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # "Expected types for vae": AutoencoderTiny is one of the uses that diffusers documents
+    try:
+        pipe = DiffusionPipeline.from_pretrained(WEIGHTS / name, **{"torch_dtype": torch.float32} | kwargs)
+    finally:
+        logging.set_verbosity(level)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+if TYPE_CHECKING:
+    from .language import parse, system_caption, user_prompt
+    from .scenes import plan, random_spec
+    from .verifier import Verdict, verify

@@ -1,0 +1,166 @@
+"""The loop without any host: a for-loop, pictures of one colour, scripted refiners."""
+
+import pytest
+from PIL import Image
+
+from promptloop_pipeline import FunctionRefiner, NoOpRefiner, Refinement, RefinerError, ScheduleRefiner, Session
+
+
+def images(n):
+    return [Image.new("RGB", (2, 2), (k, k, k)) for k in range(n)]
+
+
+def run(session, num_steps, asked=None):
+    """Drives a session like a host; returns the prompts in force at each step."""
+    session.start(num_steps)
+    force, prompts = [], list(session.prompts)
+    for step in range(num_steps):
+
+        def preview(step=step):
+            if asked is not None:
+                asked.append(step)
+            return images(len(prompts))
+
+        prompts = session.observe(step, 1.0 - step / num_steps, preview if step else None) or prompts
+        force.append(tuple(prompts))
+    session.finish(images(len(prompts)))
+    return force
+
+
+def test_prompts_change_from_the_turn_on():
+    session = Session(["a", "b"], ScheduleRefiner({2: "c"}), "2, 4")
+    assert run(session, 6) == [("a", "b")] * 2 + [("c", "c")] * 4
+    first = session.trajectories[0]
+    assert [(t.step, t.before, t.after, t.changed) for t in first.turns] == [(2, "a", "c", True), (4, "c", "c", False)]
+    assert first.request == "a"
+
+
+def test_preview_is_asked_for_only_when_due():
+    asked = []
+    run(Session(["a"], NoOpRefiner(), "start, 2, 50%, end"), 8, asked)
+    assert asked == [2, 4]
+
+
+def test_what_a_refiner_may_look_at():
+    views = []
+    session = Session(["a", "b"], FunctionRefiner(lambda v: views.append(v) or v.prompt + "!"), "start, 3, end")
+    run(session, 5)
+    assert [(v.request, v.prompt, v.step, v.num_steps) for v in views] == [
+        ("a", "a", 0, 5), ("b", "b", 0, 5), ("a", "a!", 3, 5), ("b", "b!", 3, 5), ("a", "a!!", 5, 5), ("b", "b!!", 5, 5),
+    ]  # fmt: skip
+    assert [v.image is None for v in views] == [True, True, False, False, False, False]
+    assert [v.sigma for v in views] == [1.0, 1.0, 0.4, 0.4, 0.0, 0.0]
+    assert [len(v.turns) for v in views] == [0, 0, 1, 1, 2, 2]
+
+
+def test_only_the_sample_that_changed_changes():
+    session = Session(["a", "b"], FunctionRefiner(lambda v: "new" if v.request == "b" else None), "1")
+    assert run(session, 3)[-1] == ("a", "new")
+
+
+def test_nothing_to_do_returns_none():
+    session = Session(["a"], FunctionRefiner(lambda v: v.prompt), "1")
+    session.start(3)
+    assert session.observe(1, 0.5, lambda: images(1)) is None
+
+
+def test_exceptions_are_recorded_and_the_prompt_is_kept():
+    def fail(view):
+        raise TimeoutError("no answer in 5 s")
+
+    session = Session(["a"], FunctionRefiner(fail), "1, 2")
+    assert run(session, 3) == [("a",)] * 3
+    assert [(t.error, t.boundary) for t in session.trajectories[0].turns] == [("TimeoutError: no answer in 5 s", "refiner")] * 2
+    assert session.trajectories[0].image is not None
+
+
+def test_a_failing_preview_is_its_own_boundary():
+    def preview():
+        raise MemoryError("VAE")
+
+    session = Session(["a"], NoOpRefiner(), "1")
+    session.start(2)
+    assert session.observe(1, 0.5, preview) is None
+    assert session.trajectories[0].turns[0].boundary == "preview"
+
+
+@pytest.mark.parametrize("answer", [Refinement("x", error="cut off"), Refinement("  \n"), Refinement("")])
+def test_a_failed_answer_keeps_the_prompt_of_its_sample_only(answer):
+    session = Session(["a", "b"], FunctionRefiner(lambda v: answer if v.request == "a" else "fine"), "1")
+    assert run(session, 2)[-1] == ("a", "fine")
+    assert session.trajectories[0].turns[0].error
+    assert session.trajectories[1].turns[0].error is None
+
+
+def test_strict_raises():
+    def fail(view):
+        raise TimeoutError("no answer")
+
+    for refiner in (FunctionRefiner(fail), FunctionRefiner(lambda v: Refinement(error="cut off"))):
+        with pytest.raises(RefinerError, match="step 1: .*(no answer|cut off)"):
+            run(Session(["a"], refiner, "1", strict=True), 2)
+
+
+class Cancelled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, Cancelled])
+def test_cancel_gets_through(exception):
+    def cancel(view):
+        raise exception
+
+    with pytest.raises(exception):
+        run(Session(["a"], FunctionRefiner(cancel), "1", cancel=(Cancelled,)), 2)
+
+
+class Raw:
+    def __init__(self, answers):
+        self.answers = answers
+
+    def refine(self, views):
+        return self.answers
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "message"),
+    [
+        ([], ValueError, "Raw.refine returned 0 answers for 1 views; it must return a list with one Refinement"),
+        ([Refinement(), Refinement()], ValueError, "returned 2 answers for 1 views"),
+        (None, ValueError, "returned NoneType for 1 views"),
+        ("a prompt", ValueError, "returned str for 1 views"),
+        (["a prompt"], TypeError, "returned str 'a prompt'; each answer must be a Refinement"),
+        ([Refinement(7)], TypeError, "a Refinement whose prompt is int"),
+        ([None], TypeError, "returned NoneType"),
+    ],
+)
+def test_a_refiner_that_breaks_its_contract(answers, error, message):
+    with pytest.raises(error, match=message):
+        run(Session(["a"], Raw(answers), "1"), 2)
+
+
+def test_a_function_that_returns_no_text():
+    with pytest.raises(TypeError, match="prompt is int"):
+        run(Session(["a"], FunctionRefiner(lambda v: 7), "1"), 2)
+
+
+def test_bad_sessions():
+    with pytest.raises(ValueError, match="the list of prompts is empty"):
+        Session([], NoOpRefiner(), "1")
+    with pytest.raises(TypeError, match="a prompt must be text, not int 7"):
+        Session([7], NoOpRefiner(), "1")
+    with pytest.raises(TypeError, match="str is no refiner: it needs a method refine"):
+        Session(["a"], "refiner", "1")
+    with pytest.raises(ValueError, match="cannot read 'often'"):
+        Session(["a"], NoOpRefiner(), "often")
+    with pytest.raises(ValueError, match="step 9 lies beyond this run of 4 steps"):
+        Session(["a"], NoOpRefiner(), "9").start(4)
+
+
+def test_rejected_prompts_are_taken_back():
+    session = Session(["a", "b"], FunctionRefiner(lambda v: "new" if v.request == "b" else None), "1")
+    session.start(2)
+    assert session.observe(1, 0.5, lambda: images(2)) == ["a", "new"]
+    session.rejected(RuntimeError("out of memory"))
+    assert session.prompts == ["a", "b"]
+    assert [t.turns[0].boundary for t in session.trajectories] == [None, "encode"]

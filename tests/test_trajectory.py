@@ -1,0 +1,85 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from promptloop_pipeline import Trajectory, Turn
+from promptloop_pipeline.trajectory import FILE, VERSION, load, save
+
+
+def picture(seed: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def same(a: Image.Image | None, b: Image.Image | None) -> bool:
+    return (a is None and b is None) or (a.mode == b.mode and a.size == b.size and a.tobytes() == b.tobytes())
+
+
+def example() -> Trajectory:
+    turns = [
+        Turn(0, 8, "a cat", "a black cat", raw="\u2028<answer>a black cat</answer>\n"),
+        Turn(
+            3, 8, "a black cat", "a black cat, \U0001f408 'quoted' \"text\"", 0.12345678901234567, picture(1), "no tail", "raw",
+            (1, 2, 3), (-0.1, -1e-17, -2.5), None, None, {"refiner": 0.25},
+        ),
+        Turn(6, 8, "x", "x", 0.5, picture(2), error="TimeoutError: no answer", boundary="refiner"),
+    ]  # fmt: skip
+    return Trajectory("a cat", turns, picture(3), {"verifier": 0.5, "ocr": None}, {"seed": 7, "pipeline": "X"})
+
+
+def test_read_back_without_loss(tmp_path):
+    written = [example(), Trajectory("no turns")]
+    save(written[:1], tmp_path)
+    save(written[1:], tmp_path)  # appends
+    for path in (tmp_path, tmp_path / FILE):
+        read = load(path)
+        assert len(read) == 2
+        for a, b in zip(written, read, strict=True):
+            assert (a.request, a.scores, a.meta, a.id, len(a.turns)) == (b.request, b.scores, b.meta, b.id, len(b.turns))
+            assert same(a.image, b.image)
+            for s, t in zip(a.turns, b.turns, strict=True):
+                assert same(s.image, t.image)
+                assert {k: v for k, v in vars(s).items() if k != "image"} == {k: v for k, v in vars(t).items() if k != "image"}
+
+
+def test_properties():
+    t = example()
+    assert [turn.changed for turn in t.turns] == [True, True, False]
+    assert t.failures == [t.turns[2]]
+    assert t.prompt == "x"
+    assert Trajectory("request").prompt == "request"
+
+
+def test_a_record_that_lacks_fields_gets_their_defaults(tmp_path):
+    turn = {"step": 1, "num_steps": 4, "before": "a", "after": "b"}
+    (tmp_path / FILE).write_text(json.dumps({"version": 1, "request": "a", "turns": [turn]}) + "\n")
+    (read,) = load(tmp_path)
+    assert read.turns == [Turn(1, 4, "a", "b")]
+    assert (read.scores, read.meta, read.image) == ({}, {}, None)
+
+
+def test_newer_version_is_refused_by_name(tmp_path):
+    (tmp_path / FILE).write_text(json.dumps({"version": VERSION + 1, "request": "a"}) + "\n")
+    with pytest.raises(ValueError, match=rf"line 1: trajectory version {VERSION + 1} is newer than {VERSION}.*upgrade"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"version": 1}', '{"version": 1, "request": "a", "turns": [{"step": 1}]}'])
+def test_broken_line_is_named(tmp_path, line):
+    save([Trajectory("fine")], tmp_path)
+    with open(tmp_path / FILE, "a") as f:
+        f.write(line + "\n")
+    with pytest.raises(ValueError, match=r"line 2: not a trajectory"):
+        load(tmp_path)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no trajectories at .*nowhere: expected a folder with trajectories.jsonl"):
+        load(tmp_path / "nowhere")
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write trajectories to .*file.*choose a folder"):
+        save([example()], tmp_path / "file")

@@ -1,0 +1,1 @@
+"""Training recipes; installed and imported as `promptloop_training`."""
