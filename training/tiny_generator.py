@@ -15,6 +15,7 @@ Nothing here sees a held-out pair of objects (`scenes.held_out_pair`); user lang
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import time
@@ -38,6 +39,7 @@ from promptloop_pipeline.tiny.tokenizer import build_tokenizer
 SCENES = 48_000
 LATENT = 8  # channels; the latent grid is 8 x 8
 WIDTH = 96  # of the text states
+CLAUSE_WEIGHT = 20.0
 
 
 def new_autoencoder() -> AutoencoderTiny:
@@ -218,6 +220,16 @@ def train_text(text: CLIPTextModel, tokenizer: Any, scenes: list[Scene], out: Pa
         stage.update(loss)
 
 
+def clause_weight(captions: list[str]) -> Tensor:
+    """(B, 1, 8, 8): more weight where a caption says that a cell is clear. A weight by place leaves the optimum, the conditional
+    mean at that place, as it is; without it the clauses, which matter in few places of few pictures, are learned 10 x slower."""
+    weight = torch.ones(len(captions), 1, 8, 8)
+    for k, caption in enumerate(captions):
+        for row, column in parse(caption).clear if "clear" in caption else ():
+            weight[k, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = CLAUSE_WEIGHT
+    return weight
+
+
 def train_unet(
     unet: UNet2DConditionModel, ema: UNet2DConditionModel, text: CLIPTextModel, tokenizer: Any, scenes: list[Scene],
     latents: Tensor, out: Path, steps: int, batch: int = 32,
@@ -230,13 +242,15 @@ def train_unet(
         index = torch.randint(len(latents), (batch,), generator=g)
         rng = random.Random(int(torch.randint(2**31, (1,), generator=g)))
         with torch.no_grad():
-            states = text(token_ids([training_caption(scenes[i], rng) for i in index.tolist()], tokenizer))[0]
+            captions = [training_caption(scenes[i], rng) for i in index.tolist()]
+            states = text(token_ids(captions, tokenizer))[0]
         x0 = latents[index]
         t = ((torch.arange(batch) + torch.rand(batch, generator=g)) / batch * 1000).long().clamp(max=999)  # stratified
         a = alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn(x0.shape, generator=g)
         v = a.sqrt() * noise - (1 - a).sqrt() * x0
-        stage.update((unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, states).sample - v).square().mean())
+        error = (unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, states).sample - v).square()
+        stage.update((clause_weight(captions) * error).mean())
         decay = min(0.999, (1 + stage.step) / (10 + stage.step))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in params], 1 - decay)
 
@@ -245,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="promptloop_training.tiny_generator", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="work folder: checkpoints, and the pipeline in OUT/pipeline")
     parser.add_argument("--autoencoder-steps", type=int, default=8000)
-    parser.add_argument("--text-steps", type=int, default=800)
+    parser.add_argument("--text-steps", type=int, default=2000)
     parser.add_argument("--unet-steps", type=int, default=12000)
     parser.add_argument("--decoder-steps", type=int, default=6000)
     parser.add_argument("--scenes", type=int, default=SCENES)
@@ -277,6 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     for module in (vae, text, ema):
         module.to(torch.float16)
     pipe.save_pretrained(args.out / "pipeline", safe_serialization=True)
+    config = args.out / "pipeline" / "vae" / "config.json"  # diffusers writes a key here that it warns of when reading
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}, indent=2) + "\n")
     print(f"saved {args.out / 'pipeline'}", flush=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from .engine import run
-from .families import family_of
+from .families import family_of, stock_class
 
 
 class Attached:
@@ -61,10 +61,8 @@ class _PromptLoop:
 
     def to_json_string(self) -> str:
         """Names the stock class in what is saved, so that the folder loads without PromptLoop."""
-        cls = type(self)
-        stock = next(c for c in cls.__mro__ if c.__module__.startswith("diffusers."))
         text: str = super().to_json_string()  # type: ignore[misc]
-        return text.replace(f'"_class_name": "{cls.__name__}"', f'"_class_name": "{stock.__name__}"')
+        return text.replace(f'"_class_name": "{type(self).__name__}"', f'"_class_name": "{stock_class(self).__name__}"')
 
 
 class PromptLoopStableDiffusionPipeline(_PromptLoop, StableDiffusionPipeline):

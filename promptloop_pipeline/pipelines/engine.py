@@ -180,8 +180,10 @@ class Run:
         n = len(prompts) // max(1, _count(self.kwargs.get("prompt")))
         kwargs = {k: v for k, v in self.kwargs.items() if k not in _NOT_PROBED}
         for key in _PER_PROMPT[1:]:
-            if isinstance(kwargs.get(key), list):
-                kwargs[key] = [text for text in kwargs[key] for _ in range(n)]
+            if isinstance(text := kwargs.get(key), str):  # some pipelines want the same type as the prompt's
+                kwargs[key] = [text] * len(prompts)
+            elif isinstance(text, list):
+                kwargs[key] = [t for t in text for _ in range(n)]
         kwargs |= {"prompt": prompts, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
         if "num_images_per_prompt" in kwargs:
             kwargs["num_images_per_prompt"] = 1

@@ -49,10 +49,14 @@ PLAIN = Family("plain", "")
 _UNPROVEN = ("Flux2",)  # begins like a family, is not one
 
 
+def stock_class(pipe: Any) -> type:
+    """The diffusers class that a pipeline is, or its own class when there is none."""
+    return next((c for c in type(pipe).__mro__ if c.__module__.startswith("diffusers.")), type(pipe))
+
+
 def family_of(pipe: Any) -> Family:
     """The row for a pipeline object. Raises TypeError, saying what is missing, when the loop cannot work with it."""
-    names = [c.__name__ for c in type(pipe).__mro__]
-    stock = next((n for n in names if not n.startswith("PromptLoop")), names[0])
+    stock = stock_class(pipe).__name__
     missing = [
         what
         for what, there in (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "verify": "verifier", "Verdict": "verifier", "SingleShotRefiner": "refiners", "parse": "language", "system_caption": "language", "user_prompt": "language",
     "plan": "scenes", "random_spec": "scenes", "single_shot": "refiners", "OracleRefiner": "refiners",
-    "RotationRefiner": "refiners", "requests": "requests",
+    "RotationRefiner": "refiners", "requests": "benchmark",
 }  # fmt: skip
 WEIGHTS = Path(__file__).parent / "weights"
 GENERATORS = ("sd",)

@@ -19,6 +19,7 @@ SYSTEM_WORDS = (
     *RADIUS, *COLORS, *SHAPES, "top", "bottom", "left", "right", *BACKGROUNDS, "background",
     "clear", "row", "column", *NUMBERS,
 )  # fmt: skip
+CLEAR_SHARE = (0.50, 0.75, 0.95)  # how often the caption of a picture with 0, 1, 2 stickers names clear cells: a clause has its price
 MAX_TOKENS = 2 + 6 * SLOTS + 2  # start, end; five words and a comma for each clause; two words of background
 
 # name -> (words used in training, words held out of all training)
@@ -71,7 +72,7 @@ def system_caption(spec: Spec) -> str:
 
 
 def training_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption as the generator sees it in training: objects in any order, true `clear` clauses in most spare slots;
+    """A caption as the generator sees it in training: objects in any order, often with true `clear` clauses in the spare slots;
     one in ten empty (classifier-free guidance), one in twelve without layout."""
     u = rng.random()
     if u < 0.10:
@@ -81,7 +82,7 @@ def training_caption(scene: Scene, rng: random.Random) -> str:
         return " , ".join(f"{o.color} {o.shape}" for o in objects)
     spare = SLOTS - len(objects)
     clear: tuple[Cell, ...] = ()
-    if spare and rng.random() < 0.8:
+    if spare and rng.random() < CLEAR_SHARE[len(scene.stickers)]:
         empty = [c for c in free_cells(objects) if c not in scene.stickers]
         clear = tuple(rng.sample(empty, rng.randint(1, spare)))
     return system_caption(Spec(objects, (), scene.background, clear))

@@ -4,7 +4,8 @@ A picture is 32 x 32 pixels. Requested objects live in the four quadrants, at mo
 on these pictures has a habit that nobody asks for: it scatters orange *stickers* over the free cells of a 4 x 4 grid. They
 are in the training pictures, never in a positive caption, and differ with the seed: the embedded stand-in for what large
 models add uninvited. The prompt language can forbid a sticker in one given cell only (`language.system_caption`), and
-a prompt holds `SLOTS` clauses in all: to forbid the right cell, one has to look.
+a prompt holds `SLOTS` clauses in all. Nor is a clause free: as with people, who say "no dog here" where dogs are about, captions
+of pictures with more stickers name clear cells more often (`language.CLEAR_SHARE`). To forbid the right cell, one has to look.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 GRID = 4  # sticker cells on each side
 CELLS = tuple((row, column) for row in range(GRID) for column in range(GRID))
 STICKER_RADIUS = 3.0
-STICKER_COUNTS = (0.25, 0.55, 0.20)  # probability of 0, 1, 2 stickers in a training picture
+STICKER_COUNTS = (0.15, 0.50, 0.35)  # probability of 0, 1, 2 stickers in a training picture
 
 Cell = tuple[int, int]
 

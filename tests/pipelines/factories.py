@@ -38,6 +38,10 @@ def clip(cls: type = CLIPTextModel) -> CLIPTextModel:
     return cls(config).eval()
 
 
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).eval()
+
+
 def vae(**kwargs: float) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=[32, 64], down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
@@ -84,7 +88,7 @@ def sd3() -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline(
         transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(shift_factor=0.0609, scaling_factor=1.5305),
         text_encoder=clip(CLIPTextModelWithProjection), tokenizer=tokenizer(), text_encoder_2=clip(CLIPTextModelWithProjection),
-        tokenizer_2=tokenizer(), text_encoder_3=None, tokenizer_3=None,
+        tokenizer_2=tokenizer(), text_encoder_3=t5(), tokenizer_3=tokenizer(),
     )  # fmt: skip
 
 
@@ -94,12 +98,11 @@ def flux() -> FluxPipeline:
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
     ).eval()  # fmt: skip
-    t5 = T5EncoderModel(T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).eval()
     return FluxPipeline(
         transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=vae(shift_factor=0.1159, scaling_factor=0.3611),
-        text_encoder=clip(), tokenizer=tokenizer(), text_encoder_2=t5, tokenizer_2=tokenizer(),
+        text_encoder=clip(), tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tokenizer(),
     )  # fmt: skip
 
 
 MAKERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
-EXTRA = {"sd": {}, "sdxl": {}, "sd3": {}, "flux": {"max_sequence_length": 64}}  # of each family's call
+EXTRA = {"sd": {}, "sdxl": {}, "sd3": {"max_sequence_length": 64}, "flux": {"max_sequence_length": 64}}  # of each family's call

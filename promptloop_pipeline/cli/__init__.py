@@ -1,0 +1,42 @@
+"""The `promptloop` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from . import demo, doctor, generate
+
+app = typer.Typer(
+    name="promptloop", help="Step-wise prompt refinement for diffusion models.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps the commands named, even while there is one of a kind."""
+
+
+def main() -> None:
+    """Runs the command line. Bad input ends in one clear line and exit code 2; PROMPTLOOP_TRACEBACK=1 shows where it came from."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
+        if os.environ.get("PROMPTLOOP_TRACEBACK"):
+            raise
+        message = " ".join(str(e).split()) or type(e).__name__
+        print(f"promptloop: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("promptloop: cancelled", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

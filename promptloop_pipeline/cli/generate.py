@@ -1,0 +1,117 @@
+"""`promptloop generate`: one prompt, any model, any refiner."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..schedule import RefinementSchedule
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What you want to see.")],
+    model: Annotated[str, typer.Option(help='"tiny" (embedded), a folder, or a hub id of a diffusers pipeline.')] = "tiny",
+    refiner: Annotated[str, typer.Option(help='"tiny" (embedded), "none", or "module:object" of your own.')] = "tiny",
+    refine_at: Annotated[str, typer.Option(help='"start, 20%, 50%", "every 4", "end", "none".')] = "start, 15%, 25%, 35%, 45%",
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
+    n: Annotated[int, typer.Option(min=1, help="How many images.")] = 1,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the pipeline's own (tiny: 3).")] = None,
+    strict: Annotated[bool, typer.Option(help="Stop when a turn fails, instead of keeping the prompt.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the images, trajectories.jsonl and index.html.")] = Path("promptloop-out"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Generates images with a refiner in the loop; writes them, what was changed and why, and a report."""
+    RefinementSchedule.parse(refine_at).steps(steps)
+    if not prompt.strip():
+        raise ValueError('the prompt is empty; say what you want to see, for example "a red circle left of a blue square"')
+    the_refiner = _refiner(refiner, prompt, model)
+    if model != "tiny" and _looks_like_a_path(model) and not Path(model, "model_index.json").is_file():
+        raise FileNotFoundError(f'no pipeline at {model}: expected a folder with model_index.json, a hub id, or "tiny"')
+
+    from .output import fresh_folder, quiet_libraries
+
+    folder = fresh_folder(out)
+    quiet_libraries()
+    import torch
+
+    from ..evaluation.report import Arm, write_report
+    from ..pipelines.classes import attach
+    from ..trajectory import save
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if model == "tiny":
+        from ..tiny import load_pipeline
+
+        pipe = load_pipeline("sd").to(device)
+        guidance_scale = 3.0 if guidance_scale is None else guidance_scale
+    else:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32 if device == "cpu" else torch.float16).to(device)
+    loop = attach(pipe, refiner=the_refiner, refine_at=refine_at, strict=strict)
+    options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(n)]
+    result = loop([prompt] * n, num_inference_steps=steps, generator=generators, **options)
+    for k, (image, trajectory) in enumerate(zip(result.images, result.trajectories, strict=True)):
+        image.save(folder / f"{seed + k}.png")
+        if model == "tiny":
+            trajectory.scores.update(_tiny_score(image, prompt))
+    save(result.trajectories, folder)
+    page = write_report([Arm("image", "", result.trajectories)], folder / "index.html", title=prompt[:80], pixelated=model == "tiny")
+    if as_json:
+        turns = [[_turn(turn) for turn in t.turns] for t in result.trajectories]
+        print(json.dumps({"folder": str(folder), "scores": [t.scores for t in result.trajectories], "turns": turns}, indent=1))
+        return
+    for k, t in enumerate(result.trajectories):
+        for turn in t.turns:
+            what = turn.error or (f"{turn.before!r} -> {turn.after!r}" if turn.changed else "kept")
+            print(f"image {seed + k}, step {turn.step} of {turn.num_steps}: {what}")
+        print(f"image {seed + k}: {folder / f'{seed + k}.png'}" + "".join(f"  {name} {value:.3f}" for name, value in t.scores.items() if value is not None))
+    print(f"report: {page}")
+
+
+def _refiner(name: str, prompt: str, model: str) -> Any:
+    if name == "none":
+        from ..refiners.scripted import NoOpRefiner
+
+        return NoOpRefiner()
+    if name == "tiny":
+        if model != "tiny":
+            raise ValueError('the embedded refiner reads only the shapes world (--model tiny); use --refiner none or "module:object"')
+        from ..tiny.language import parse
+        from ..tiny.refiners import OracleRefiner
+
+        parse(prompt)  # says at once if the world has no such thing
+        return OracleRefiner()
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f'unknown refiner {name!r}; use "tiny", "none", or "module:object", an object with refine(views)')
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"cannot load the refiner {name!r}: {e}") from e
+    return found() if isinstance(found, type) else found
+
+
+def _tiny_score(image: Any, prompt: str) -> dict[str, float]:
+    from ..tiny import verify
+
+    try:
+        verdict = verify(image, prompt)
+    except ValueError:  # not a request of this world; there is nothing to score
+        return {}
+    return {"score": verdict.score, "strict": float(verdict.strict)}
+
+
+def _turn(turn: Any) -> dict[str, Any]:
+    return {k: getattr(turn, k) for k in ("step", "num_steps", "sigma", "before", "after", "reasoning", "error", "boundary", "seconds")}
+
+
+def _looks_like_a_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or os.sep in model.rstrip("/")[model.find("/") + 1 :] or Path(model).exists()

@@ -1,0 +1,41 @@
+"""Where commands write, and how they print."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def quiet_libraries() -> None:
+    """Notices of the libraries below are not the user's concern here; warnings of ours are. To be called before they load."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def fresh_folder(wanted: Path) -> Path:
+    """`wanted`, or its first numbered neighbour if a run is there already: no earlier result is ever written over.
+
+    Raises OSError, naming the folder, when it cannot be written.
+    """
+    folder, number = wanted, 2
+    while (folder / "index.html").exists() or (folder / "trajectories.jsonl").exists():
+        folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".promptloop"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise OSError(f"cannot write to the folder {folder}: {e.strerror or e}; choose another one with --out") from e
+    return folder
+
+
+def print_table(rows: Sequence[dict[str, str]]) -> None:
+    """Plain aligned columns, the same in a terminal and in a log."""
+    keys = list(rows[0])
+    widths = [max(len(k), *(len(r[k]) for r in rows)) for k in keys]
+    for row in [dict(zip(keys, keys)), *rows]:
+        print("  ".join(row[k].ljust(w) for k, w in zip(keys, widths)).rstrip())

@@ -1,0 +1,1 @@
+"""Judging generations, and showing them."""

@@ -1,0 +1,36 @@
+"""The pipelines under test: tiny random ones of the four families, and the trained embedded one."""
+
+import pytest
+import torch
+
+from promptloop_pipeline import tiny
+
+from .factories import EXTRA, MAKERS
+
+FAMILIES = [*MAKERS, "embedded"]
+
+
+class Maker:
+    """A pipeline, and how to call it so that a test takes milliseconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.pipe = tiny.load_pipeline("sd") if name == "embedded" else MAKERS[name]()
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def kwargs(self, *seeds: int, **changes):
+        generators = [torch.Generator().manual_seed(s) for s in seeds or (1,)]
+        common = {"num_inference_steps": 5, "height": 32, "width": 32, "output_type": "latent"}
+        return common | EXTRA.get(self.name, {}) | {"generator": generators if len(generators) > 1 else generators[0]} | changes
+
+
+@pytest.fixture(scope="session")
+def makers():
+    return {}
+
+
+@pytest.fixture(params=FAMILIES)
+def host(request, makers):
+    if request.param not in makers:
+        makers[request.param] = Maker(request.param)
+    return makers[request.param]

@@ -1,0 +1,420 @@
+"""What must hold for every family: the loop adds nothing that was not asked for, and does all that was."""
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, DiffusionPipeline, HeunDiscreteScheduler, KDPM2DiscreteScheduler
+from PIL import Image
+
+import promptloop_pipeline
+from promptloop_pipeline import FunctionRefiner, NoOpRefiner, RefinerError, ScheduleRefiner, attach
+
+from .factories import BETAS
+
+CAT, DOG = "a red cat", "a completely different blue dog, and a longer prompt"
+
+
+class SamplePrompts:
+    """{(step, sample): prompt}; a sample is known by its request."""
+
+    def __init__(self, prompts):
+        self.prompts = prompts
+
+    def refine(self, views):
+        return [promptloop_pipeline.Refinement(self.prompts.get((v.step, v.request))) for v in views]
+
+
+def clean(pipe) -> bool:
+    modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    return "step" not in vars(pipe.scheduler) and not any(m._forward_pre_hooks for m in modules)
+
+
+def same(a, b) -> bool:
+    return torch.equal(a, b)
+
+
+@pytest.fixture
+def stock(host):
+    return host.pipe(CAT, **host.kwargs()).images
+
+
+def test_no_op_is_bit_identical(host, stock):
+    out = attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="start, 1, 3, end", **host.kwargs())
+    assert same(out.images, stock)
+    assert [t.step for t in out.trajectories[0].turns] == [0, 1, 3, 5]
+    assert [t.error for t in out.trajectories[0].turns] == [None] * 4
+    assert clean(host.pipe)
+
+
+def test_same_prompt_is_bit_identical_even_when_it_is_swapped_in(host, stock):
+    # away and back again before the denoiser runs: the conditioning that goes in was made by the swap
+    loop = attach(host.pipe)
+    out = loop(DOG, refiner=ScheduleRefiner({0: CAT}), refine_at="start", **host.kwargs())
+    assert out.trajectories[0].turns[0].changed
+    assert same(out.images, stock)
+    out = loop(CAT, refiner=ScheduleRefiner({1: CAT, 3: CAT}), refine_at="1, 3", **host.kwargs())
+    assert same(out.images, stock)
+
+
+def test_swap_takes_effect_and_is_recorded(host, stock):
+    out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs())
+    assert float((out.images - stock).abs().max()) > 1e-4
+    (turn,) = out.trajectories[0].turns
+    assert (turn.before, turn.after, turn.error) == (CAT, DOG, None)
+    assert turn.image.size == (32, 32)
+    assert set(turn.seconds) == {"preview", "refiner", "encode"}
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_swap_at_k_equals_a_two_stage_run(host, k):
+    """The second stage is the stock pipeline with the other prompt all along, fed with the first stage's latents at step k."""
+    kept = {}
+
+    def keep(pipe, i, t, kwargs):
+        if i == k - 1:
+            kept["latents"] = kwargs["latents"].clone()
+        return kwargs
+
+    def put(pipe, i, t, kwargs):
+        if i == k - 1:
+            kwargs["latents"] = kept["latents"].clone()
+        return kwargs
+
+    host.pipe(CAT, callback_on_step_end=keep, **host.kwargs())
+    expected = host.pipe(DOG, callback_on_step_end=put, **host.kwargs()).images
+    out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({k: DOG}), refine_at=k, **host.kwargs())
+    assert torch.allclose(out.images, expected, atol=1e-5)
+
+
+def test_refining_sample_1_leaves_sample_0_bit_identical(host):
+    stock = host.pipe([CAT, "a green car"], **host.kwargs(1, 2)).images
+    refiner = SamplePrompts({(1, "a green car"): DOG})
+    out = attach(host.pipe)([CAT, "a green car"], refiner=refiner, refine_at="1", **host.kwargs(1, 2))
+    assert same(out.images[0], stock[0])
+    assert not same(out.images[1], stock[1])
+
+
+def test_a_batch_equals_its_singles(host):
+    refiner = SamplePrompts({(1, CAT): DOG, (3, "a green car"): "a boat"})
+    loop = attach(host.pipe)
+    batch = loop([CAT, "a green car"], refiner=refiner, refine_at="1, 3", **host.kwargs(1, 2)).images
+    for i, (prompt, seed) in enumerate(((CAT, 1), ("a green car", 2))):
+        single = loop(prompt, refiner=refiner, refine_at="1, 3", **host.kwargs(seed)).images
+        assert torch.allclose(batch[i], single[0], atol=5e-4)  # the batch size alone changes kernels: 4e-5 in stock runs
+
+
+def test_samples_of_one_prompt_are_refined_one_by_one(host):
+    answers = iter([DOG, None, None, "a boat"])
+    kwargs = host.kwargs(1, 2, 3, 4, num_images_per_prompt=2)
+    stock = host.pipe([CAT, "a green car"], **kwargs).images
+    kwargs = host.kwargs(1, 2, 3, 4, num_images_per_prompt=2)
+    out = attach(host.pipe)([CAT, "a green car"], refiner=FunctionRefiner(lambda v: next(answers)), refine_at="2", **kwargs)
+    assert [t.prompt for t in out.trajectories] == [DOG, CAT, "a green car", "a boat"]
+    assert [t.meta["seed"] for t in out.trajectories] == [1, 2, 3, 4]
+    assert [same(a, b) for a, b in zip(out.images, stock)] == [False, True, True, False]
+
+
+def test_later_turns_build_on_earlier_ones(host):
+    refiner = SamplePrompts({(1, CAT): DOG, (3, "a green car"): "a boat"})
+    out = attach(host.pipe)([CAT, "a green car"], refiner=refiner, refine_at="1, 3", **host.kwargs(1, 2)).images
+    first = attach(host.pipe)([CAT, "a green car"], refiner=SamplePrompts({(1, CAT): DOG}), refine_at="1", **host.kwargs(1, 2)).images
+    assert same(out[0], first[0])  # the turn at 3 did not put the old prompt back
+    assert not same(out[1], first[1])
+
+
+def test_after_the_end_nothing_changes(host, stock):
+    out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({5: DOG}), refine_at="end", **host.kwargs())
+    assert same(out.images, stock)
+    (turn,) = out.trajectories[0].turns
+    assert (turn.step, turn.after) == (5, DOG)
+    assert turn.image is not None
+
+
+def test_step_beyond_the_run(host):
+    with pytest.raises(ValueError, match="step 6 lies beyond this run of 5 steps"):
+        attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="6", **host.kwargs())
+    assert clean(host.pipe)
+
+
+def test_negative_prompt_and_no_guidance(host):
+    scale = "true_cfg_scale" if host.name == "flux" else "guidance_scale"
+    for changes in ({"negative_prompt": "ugly, wrong", scale: 4.0}, {scale: 1.0}):
+        expected = host.pipe(CAT, **host.kwargs(**changes)).images
+        out = attach(host.pipe)(DOG, refiner=ScheduleRefiner({0: CAT}), refine_at="start", **host.kwargs(**changes)).images
+        assert same(out, expected)
+        swapped = attach(host.pipe)(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs(**changes)).images
+        assert not same(swapped, expected)
+
+
+def test_negative_prompts_of_a_batch(host):
+    scale = "true_cfg_scale" if host.name == "flux" else "guidance_scale"
+    changes = {"negative_prompt": ["ugly", "wrong"], scale: 4.0}
+    expected = host.pipe([CAT, CAT], **host.kwargs(1, 2, **changes)).images
+    out = attach(host.pipe)([DOG, CAT], refiner=SamplePrompts({(0, DOG): CAT}), refine_at="start", **host.kwargs(1, 2, **changes)).images
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_callback_of_the_user_is_called_and_its_changes_are_kept(host):
+    seen = []
+
+    def callback(pipe, i, t, kwargs):
+        seen.append(i)
+        if i == 2:
+            kwargs["latents"] = kwargs["latents"] * 0.5
+        return kwargs
+
+    expected = host.pipe(CAT, callback_on_step_end=callback, **host.kwargs()).images
+    out = attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="1, 3", callback_on_step_end=callback, **host.kwargs())
+    assert same(out.images, expected)
+    assert seen == [0, 1, 2, 3, 4] * 2
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_conditioning_that_the_users_callback_sets_wins(host, in_place):
+    def callback(pipe, i, t, kwargs):
+        if i == 2 and in_place:
+            kwargs["prompt_embeds"].mul_(0.5)
+        elif i == 2:
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"] * 0.5
+        return kwargs
+
+    options = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    plain = attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs()).images
+    out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs(), **options).images
+    assert not same(out, plain)
+
+
+@pytest.mark.parametrize("name", ["sd", "embedded"])
+def test_guidance_switched_off_midway_keeps_the_refined_prompt(name, makers):
+    from .conftest import Maker
+
+    host = makers.setdefault(name, Maker(name))
+
+    def callback(pipe, i, t, kwargs):
+        if i == 2:
+            pipe._guidance_scale = 0.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    def run(prompt, **loop):
+        options = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+        return attach(host.pipe)(prompt, **host.kwargs(), **options, **loop).images
+
+    out = run(DOG, refiner=ScheduleRefiner({0: CAT}), refine_at="start")
+    assert same(out, run(CAT))
+    assert not same(out, run(DOG))
+
+
+def test_exception_in_a_callback_leaves_the_pipe_as_it_was(host, stock):
+    def callback(pipe, i, t, kwargs):
+        raise ZeroDivisionError
+
+    before = dict(vars(host.pipe))
+    with pytest.raises(ZeroDivisionError):
+        attach(host.pipe)(
+            CAT, refiner=ScheduleRefiner({0: DOG}), refine_at="start", callback_on_step_end=callback, **host.kwargs()
+        )
+    assert clean(host.pipe)
+    assert vars(host.pipe)["scheduler"] is before["scheduler"]
+    assert same(host.pipe(CAT, **host.kwargs()).images, stock)
+
+
+def test_interrupt_stops_at_once(host, stock):
+    calls = []
+
+    def callback(pipe, i, t, kwargs):
+        calls.append(i)
+        if i == 1:
+            pipe._interrupt = True
+        return kwargs
+
+    views = []
+    refiner = FunctionRefiner(lambda v: views.append(v.step) or f"{v.prompt}!")
+    out = attach(host.pipe)(CAT, refiner=refiner, refine_at="1, 3", callback_on_step_end=callback, **host.kwargs())
+    assert views == [1]
+    assert calls == [0, 1]
+    assert out.trajectories[0].meta["interrupted"] is True
+    assert clean(host.pipe)
+    assert same(host.pipe(CAT, **host.kwargs()).images, stock)
+
+
+def test_interrupt_from_elsewhere_during_a_turn_is_not_lost(host):
+    """The refiner's prompt is encoded after the interrupt; that must not put the flag back."""
+    seen = []
+
+    def interrupt(view):
+        host.pipe._interrupt = True
+        return DOG
+
+    def callback(pipe, i, t, kwargs):
+        seen.append(i)
+        return kwargs
+
+    attach(host.pipe)(CAT, refiner=FunctionRefiner(interrupt), refine_at="2", callback_on_step_end=callback, **host.kwargs())
+    assert seen == [0, 1, 2]  # the step at hand is finished, no other is begun
+
+
+def test_failing_refiner_keeps_the_image(host, stock):
+    def fail(view):
+        raise TimeoutError("no answer")
+
+    out = attach(host.pipe)(CAT, refiner=FunctionRefiner(fail), refine_at="1, 3", **host.kwargs())
+    assert same(out.images, stock)
+    assert [t.error for t in out.trajectories[0].turns] == ["TimeoutError: no answer"] * 2
+    with pytest.raises(RefinerError, match="no answer"):
+        attach(host.pipe)(CAT, refiner=FunctionRefiner(fail), refine_at="1", strict=True, **host.kwargs())
+    assert clean(host.pipe)
+
+
+def test_prompt_that_cannot_be_encoded_is_taken_back(host, stock, monkeypatch):
+    original = host.pipe.encode_prompt
+
+    def encode(*args, **kwargs):
+        if DOG in str(args) + str(kwargs):
+            raise RuntimeError("out of memory")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(host.pipe, "encode_prompt", encode)
+    out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs())
+    assert same(out.images, stock)
+    (turn,) = out.trajectories[0].turns
+    assert (turn.after, turn.error, turn.boundary) == (CAT, "RuntimeError: out of memory", "encode")
+
+
+def test_random_states_are_untouched(host):
+    torch.manual_seed(3)
+    host.pipe(CAT, **host.kwargs())
+    expected = torch.rand(3)
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(3)
+    attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG, 2: CAT}), refine_at="1, 2", **host.kwargs(generator=generator))
+    assert torch.equal(torch.rand(3), expected)
+    reference = torch.Generator().manual_seed(1)
+    host.pipe(CAT, **host.kwargs(generator=reference))
+    assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=reference))
+
+
+def test_the_preview_of_the_last_step_is_nearly_the_image(host):
+    seen = {}
+    out = attach(host.pipe)(
+        CAT, refiner=FunctionRefiner(lambda v: seen.update({v.step: v})), refine_at="1, 4, end", **host.kwargs(output_type="pil")
+    )
+    assert seen[5].image.tobytes() == out.images[0].tobytes() == out.trajectories[0].image.tobytes()
+    assert seen[1].sigma > seen[4].sigma > seen[5].sigma == 0
+
+
+def test_preview_is_decoded_only_when_due(host, monkeypatch):
+    calls = []
+    decode = host.pipe.vae.decode
+    monkeypatch.setattr(host.pipe.vae, "decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="start, 2", **host.kwargs())
+    assert len(calls) == 1
+
+
+def test_other_ways_to_preview(host):
+    seen = []
+    refiner = FunctionRefiner(lambda v: seen.append(v.image))
+    if host.name != "embedded":  # its latents have eight channels
+        small = AutoencoderTiny(latent_channels=4, encoder_block_out_channels=(8,) * 2, decoder_block_out_channels=(8,) * 2,
+                                num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()  # fmt: skip
+        attach(host.pipe)(CAT, refiner=refiner, refine_at="2", preview=small, **host.kwargs())
+        assert seen[-1].mode == "RGB"
+    red = Image.new("RGB", (4, 4), "red")
+    attach(host.pipe)(CAT, refiner=refiner, refine_at="2", preview=lambda pipe, x0: [red] * len(x0), **host.kwargs())
+    assert seen[-1] is red
+
+
+@pytest.mark.parametrize("cls", [HeunDiscreteScheduler, KDPM2DiscreteScheduler])
+def test_second_order_schedulers_count_a_turn_once_a_step(cls, makers, monkeypatch):
+    from .conftest import Maker
+
+    host = makers.setdefault("sd", Maker("sd"))
+    monkeypatch.setattr(host.pipe, "scheduler", cls(**BETAS))
+    views = []
+    refiner = FunctionRefiner(lambda v: views.append((v.step, v.num_steps, round(v.sigma, 6))))
+    stock = host.pipe(CAT, **host.kwargs()).images
+    out = attach(host.pipe)(CAT, refiner=refiner, refine_at="every 1", **host.kwargs())
+    assert [(s, n) for s, n, _ in views] == [(1, 5), (2, 5), (3, 5), (4, 5)]
+    assert sorted((s for _, _, s in views), reverse=True) == [s for _, _, s in views]
+    assert same(out.images, stock)
+
+
+def test_output_is_the_stock_output(host):
+    plain = host.pipe(CAT, **host.kwargs())
+    out = attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="1", **host.kwargs())
+    assert type(out) is type(plain)
+    assert list(out.keys()) == list(plain.keys())
+    assert len(out.to_tuple()) == len(plain.to_tuple())
+    pair = attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="1", **host.kwargs(return_dict=False))
+    assert same(pair[0], plain.images)
+    assert pair[-1][0].request == CAT
+    for output_type in ("np", "pt", "pil"):
+        out = attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="end", **host.kwargs(output_type=output_type))
+        assert out.trajectories[0].image.size == (32, 32)
+
+
+def test_without_a_refiner_it_is_the_stock_call(host, stock):
+    assert same(attach(host.pipe)(CAT, **host.kwargs()).images, stock)
+    assert same(attach(host.pipe, refine_at="50%")(CAT, **host.kwargs()).images, stock)
+
+
+NAMED = {
+    "sd": "PromptLoopStableDiffusionPipeline", "sdxl": "PromptLoopStableDiffusionXLPipeline",
+    "sd3": "PromptLoopStableDiffusion3Pipeline", "flux": "PromptLoopFluxPipeline", "embedded": "PromptLoopStableDiffusionPipeline",
+}  # fmt: skip
+
+
+def test_named_class(host, stock, tmp_path):
+    cls = getattr(promptloop_pipeline, NAMED[host.name])
+    pipe = cls.from_pipe(host.pipe)
+    pipe.set_progress_bar_config(disable=True)
+    assert same(pipe(CAT, **host.kwargs()).images, stock)
+    expected = attach(host.pipe)(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images
+    assert same(pipe(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images, expected)
+
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)  # needs nothing of ours
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is type(host.pipe)
+    assert same(again(CAT, **host.kwargs()).images, stock)
+    ours = cls.from_pretrained(tmp_path)
+    ours.set_progress_bar_config(disable=True)
+    assert type(ours) is cls
+    assert same(ours(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images, expected)
+
+
+def test_bad_input(host):
+    loop = attach(host.pipe, refiner=NoOpRefiner())
+    with pytest.raises(ValueError, match="the list of prompts is empty"):
+        loop([], **host.kwargs())
+    with pytest.raises(ValueError, match="a refiner needs the prompt as text"):
+        loop(prompt_embeds=torch.zeros(1, 77, 32), **host.kwargs())
+    with pytest.raises(ValueError, match="cannot read 'sometimes' as a refinement schedule"):
+        loop(CAT, refine_at="sometimes", **host.kwargs())
+    with pytest.raises(ValueError, match="more than 100%"):
+        loop(CAT, refine_at="101%", **host.kwargs())
+    with pytest.raises(ValueError, match="returned 0 answers for 1 views"):
+        loop(CAT, refiner=FunctionRefinerWithout(), **host.kwargs())
+    with pytest.raises(TypeError, match="whose prompt is int"):
+        loop(CAT, refiner=FunctionRefiner(lambda v: 3), **host.kwargs())
+    assert clean(host.pipe)
+
+
+class FunctionRefinerWithout:
+    def refine(self, views):
+        return []
+
+
+def test_unsupported_pipelines_are_refused_by_name():
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    pipe = DDPMPipeline(UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
+                                    up_block_types=("UpBlock2D",) * 2), DDPMScheduler())  # fmt: skip
+    with pytest.raises(TypeError, match=r"DDPMPipeline is not supported: it lacks encode_prompt\(\). Supported are"):
+        attach(pipe)
+    with pytest.raises(TypeError, match="dict is not supported: it lacks a scheduler"):
+        attach({})
+
+
+def test_missing_folder():
+    with pytest.raises((OSError, ValueError), match="nowhere"):  # the library's own error
+        promptloop_pipeline.PromptLoopStableDiffusionPipeline.from_pretrained("./nowhere/at/all")
