@@ -1,11 +1,11 @@
 """When to refine: a schedule is pure data, written the same way in Python, YAML, the shell and a node's widget.
 
-    "start"               before the first step: a single-shot rewrite, no image to look at
-    "6"                   a turn at step 6: the refiner sees the x0-estimate of step 5, its prompt acts from step 6 on
-    "20%, 50%, 80%"       the same at shares of the steps that this run really takes
-    "every 4"             steps 4, 8, 12, ...
-    "end"                 after the last step: looks at the finished image, changes nothing in it
-    "none"                never
+"start"               before the first step: a single-shot rewrite, no image to look at
+"6"                   a turn at step 6: the refiner sees the x0-estimate of step 5, its prompt acts from step 6 on
+"20%, 50%, 80%"       the same at shares of the steps that this run really takes
+"every 4"             steps 4, 8, 12, ...
+"end"                 after the last step: looks at the finished image, changes nothing in it
+"none"                never
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from .refiner import Refinement, Refiner, View
@@ -104,7 +105,9 @@ class Session:
         else:
             _check_answers(answers, len(views), self.refiner)
         for t, image, a in zip(self.trajectories, images, answers, strict=True):
-            error = a.error or ("the refiner answered with an empty prompt" if a.prompt is not None and not a.prompt.strip() else None)
+            error = a.error or (
+                "the refiner answered with an empty prompt" if a.prompt is not None and not a.prompt.strip() else None
+            )
             if error and self.strict:
                 raise RefinerError(f"step {step}: {error}")
             if error:
@@ -137,7 +140,7 @@ class Session:
 
     def finish(self, images: Sequence[Image] | None, sigma: float = 0.0) -> list[Trajectory]:
         """Stores the finished pictures and takes the turn "end", if there is one."""
-        for t, image in zip(self.trajectories, images or [None] * len(self.trajectories), strict=True):
+        for t, image in zip(self.trajectories, images or repeat(None, len(self.trajectories)), strict=True):
             t.image = image
         if images:
             self.observe(self.num_steps, sigma, lambda: images)
@@ -149,8 +152,16 @@ def _check_answers(answers: object, expected: int, refiner: Refiner) -> None:
     name = type(refiner).__name__
     if not isinstance(answers, (list, tuple)) or len(answers) != expected:
         got = f"{len(answers)} answers" if isinstance(answers, (list, tuple)) else type(answers).__name__
-        raise ValueError(f"{name}.refine returned {got} for {expected} views; it must return a list with one Refinement for each view")
+        raise ValueError(
+            f"{name}.refine returned {got} for {expected} views; it must return a list with one Refinement for each view"
+        )
     for a in answers:
         if not isinstance(getattr(a, "prompt", ...), str | None) or not hasattr(a, "error"):
-            what = f"a Refinement whose prompt is {type(a.prompt).__name__}" if hasattr(a, "prompt") else f"{type(a).__name__} {a!r:.80}"
-            raise TypeError(f"{name}.refine returned {what}; each answer must be a Refinement whose prompt is text, or None to keep it")
+            what = (
+                f"a Refinement whose prompt is {type(a.prompt).__name__}"
+                if hasattr(a, "prompt")
+                else f"{type(a).__name__} {a!r:.80}"
+            )
+            raise TypeError(
+                f"{name}.refine returned {what}; each answer must be a Refinement whose prompt is text, or None to keep it"
+            )

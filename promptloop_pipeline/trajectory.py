@@ -136,12 +136,15 @@ def _record(t: Trajectory, folder: Path) -> dict[str, Any]:
 def _from_record(record: dict[str, Any], folder: Path) -> Trajectory:
     version = record["version"]
     if not isinstance(version, int) or version > VERSION:
-        raise ValueError(f"trajectory version {version} is newer than {VERSION}, the newest that this PromptLoop reads; upgrade it")
+        raise ValueError(
+            f"trajectory version {version} is newer than {VERSION}, the newest that this PromptLoop reads; upgrade it"
+        )
     names = {f.name for f in fields(Turn)}
     turns = []
     for row in record.get("turns", []):
         turn = Turn(**{k: v for k, v in row.items() if k in names})
-        lists = {k: tuple(v) for k in ("token_ids", "logprobs") if (v := getattr(turn, k)) is not None}
-        turns.append(replace(turn, image=_read_image(row.get("image"), folder), **lists))
+        ids = None if turn.token_ids is None else tuple(turn.token_ids)
+        logprobs = None if turn.logprobs is None else tuple(turn.logprobs)
+        turns.append(replace(turn, image=_read_image(row.get("image"), folder), token_ids=ids, logprobs=logprobs))
     known = {k: record[k] for k in ("scores", "meta", "id") if k in record}
     return Trajectory(record["request"], turns, _read_image(record.get("image"), folder), **known)

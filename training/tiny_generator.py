@@ -32,7 +32,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from promptloop_pipeline.tiny.language import MAX_TOKENS, parse, training_caption
 from promptloop_pipeline.tiny.scenes import (
-    BACKGROUNDS, CELLS, COLORS, QUADRANTS, RADIUS, SHAPES, SIZE, Scene, Spec, random_scene, render,
+    BACKGROUNDS,
+    CELLS,
+    COLORS,
+    QUADRANTS,
+    RADIUS,
+    SHAPES,
+    SIZE,
+    Scene,
+    Spec,
+    random_scene,
+    render,
 )  # fmt: skip
 from promptloop_pipeline.tiny.tokenizer import build_tokenizer
 
@@ -98,7 +108,8 @@ class Stage:
 
     def __init__(self, name: str, out: Path, params: list[Tensor], steps: int, lr: float, flat: float, state: dict[str, Any]):
         self.name, self.steps, self.lr, self.flat, self.params, self.state = name, steps, lr, flat, params, state
-        self.file, self.step, self.losses = out / f"{name}.pt", 0, []
+        self.file, self.step = out / f"{name}.pt", 0
+        self.losses: list[float] = []
         self.optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
         if self.file.exists():
             saved = torch.load(self.file, weights_only=True)
@@ -132,7 +143,9 @@ class Stage:
 
     def update(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            raise RuntimeError(f"{self.name}: the loss is {loss.item()} at step {self.step}; the last good state is {self.file}")
+            raise RuntimeError(
+                f"{self.name}: the loss is {loss.item()} at step {self.step}; the last good state is {self.file}"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -204,7 +217,7 @@ def train_text(text: CLIPTextModel, tokenizer: Any, scenes: list[Scene], out: Pa
     stage = Stage("text", out, [*text.parameters(), *head.parameters()], steps, 2e-3, 0.3, {"model": text, "head": head})
     for g in stage:
         rng = random.Random(int(torch.randint(2**31, (1,), generator=g)))
-        captions = []
+        captions: list[str] = []
         while len(captions) < 96:
             caption = training_caption(rng.choice(scenes), rng)
             if "background" in caption:
@@ -292,7 +305,9 @@ def main(argv: list[str] | None = None) -> None:
         module.to(torch.float16)
     pipe.save_pretrained(args.out / "pipeline", safe_serialization=True)
     config = args.out / "pipeline" / "vae" / "config.json"  # diffusers writes a key here that it warns of when reading
-    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}, indent=2) + "\n")
+    config.write_text(
+        json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}, indent=2) + "\n"
+    )
     print(f"saved {args.out / 'pipeline'}", flush=True)
 
 

@@ -18,7 +18,9 @@ INTRO = (
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for index.html, trajectories.jsonl and the pictures.")] = Path("promptloop-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for index.html, trajectories.jsonl and the pictures.")] = Path(
+        "promptloop-demo"
+    ),
     n: Annotated[int, typer.Option(min=1, max=1000, help="How many prompts.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -44,7 +46,7 @@ def demo(
     kinds: list[tuple[str, str, Any, str]] = [
         ("raw", "the user's words, as they are", NoOpRefiner(), "none"),
         ("single-shot", "rewritten once, before the first step, by the gold rewriter", SingleShotRefiner(), "start"),
-        ("blind schedule", "single-shot, then changed on a fixed schedule without looking", RotationRefiner("spread"), "start, 2, 4, 6, 8"),
+        ("blind schedule", "single-shot, then changed without looking", RotationRefiner("spread"), "start, 2, 4, 6, 8"),
         ("closed loop", "single-shot, then repaired by an oracle that looks at the x0-estimate", OracleRefiner(), "start, 3, 5, 7, 9"),
     ]  # fmt: skip
     arms, rows, figures = [], [], []
@@ -84,5 +86,7 @@ def demo(
         print(json.dumps({"n": n, "seed": seed, "arms": figures, "seconds": total, "report": str(page)}, indent=1))
         return
     print_table(rows)
-    print(f"\n{n} prompts, the same seeds in all arms; the closed loop's refiner is an oracle that reads the verifier. {total:.0f} s")
+    print(
+        f"\n{n} prompts, the same seeds in all arms; the closed loop's refiner is an oracle that reads the verifier. {total:.0f} s"
+    )
     print(f"report: {page}")

@@ -15,7 +15,11 @@ FEATURES = {  # distribution -> (module, what it is for, how to get it)
     "diffusers": ("diffusers", "the diffusers host, the embedded generator", "pip install diffusers"),
     "transformers": ("transformers", "text encoders, refiners, rewards", "pip install transformers"),
     "accelerate": ("accelerate", "offload, large models, training", "pip install accelerate"),
-    "torchvision": ("torchvision", "processors of Qwen-VL, SmolVLM, Gemma 4 refiners", 'pip install "promptloop[vlm]", matching your torch'),
+    "torchvision": (
+        "torchvision",
+        "processors of Qwen-VL, SmolVLM, Gemma 4 refiners",
+        'pip install "promptloop[vlm]", matching your torch',
+    ),
     "num2words": ("num2words", "SmolVLM refiners", 'pip install "promptloop[vlm]"'),
     "scipy": ("scipy", "evaluation, LMS scheduler", 'pip install "promptloop[eval]"'),
     "trackio": ("trackio", "experiment tracking", 'pip install "promptloop[track]"'),

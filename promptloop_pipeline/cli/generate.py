@@ -21,9 +21,13 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     n: Annotated[int, typer.Option(min=1, help="How many images.")] = 1,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; default: the pipeline's own (tiny: 3).")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; default: the pipeline's own (tiny: 3).")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Stop when a turn fails, instead of keeping the prompt.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the images, trajectories.jsonl and index.html.")] = Path("promptloop-out"),
+    out: Annotated[Path, typer.Option(help="Folder for the images, trajectories.jsonl and index.html.")] = Path(
+        "promptloop-out"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generates images with a refiner in the loop; writes them, what was changed and why, and a report."""
@@ -53,7 +57,9 @@ def generate(
     else:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32 if device == "cpu" else torch.float16).to(device)
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32 if device == "cpu" else torch.float16).to(
+            device
+        )
     loop = attach(pipe, refiner=the_refiner, refine_at=refine_at, strict=strict)
     options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     generators = [torch.Generator().manual_seed(seed + k) for k in range(n)]
@@ -63,7 +69,9 @@ def generate(
         if model == "tiny":
             trajectory.scores.update(_tiny_score(image, prompt))
     save(result.trajectories, folder)
-    page = write_report([Arm("image", "", result.trajectories)], folder / "index.html", title=prompt[:80], pixelated=model == "tiny")
+    page = write_report(
+        [Arm("image", "", result.trajectories)], folder / "index.html", title=prompt[:80], pixelated=model == "tiny"
+    )
     if as_json:
         turns = [[_turn(turn) for turn in t.turns] for t in result.trajectories]
         print(json.dumps({"folder": str(folder), "scores": [t.scores for t in result.trajectories], "turns": turns}, indent=1))
@@ -72,7 +80,10 @@ def generate(
         for turn in t.turns:
             what = turn.error or (f"{turn.before!r} -> {turn.after!r}" if turn.changed else "kept")
             print(f"image {seed + k}, step {turn.step} of {turn.num_steps}: {what}")
-        print(f"image {seed + k}: {folder / f'{seed + k}.png'}" + "".join(f"  {name} {value:.3f}" for name, value in t.scores.items() if value is not None))
+        print(
+            f"image {seed + k}: {folder / f'{seed + k}.png'}"
+            + "".join(f"  {name} {value:.3f}" for name, value in t.scores.items() if value is not None)
+        )
     print(f"report: {page}")
 
 
@@ -83,7 +94,9 @@ def _refiner(name: str, prompt: str, model: str) -> Any:
         return NoOpRefiner()
     if name == "tiny":
         if model != "tiny":
-            raise ValueError('the embedded refiner reads only the shapes world (--model tiny); use --refiner none or "module:object"')
+            raise ValueError(
+                'the embedded refiner reads only the shapes world (--model tiny); use --refiner none or "module:object"'
+            )
         from ..tiny.language import parse
         from ..tiny.refiners import OracleRefiner
 
@@ -110,7 +123,10 @@ def _tiny_score(image: Any, prompt: str) -> dict[str, float]:
 
 
 def _turn(turn: Any) -> dict[str, Any]:
-    return {k: getattr(turn, k) for k in ("step", "num_steps", "sigma", "before", "after", "reasoning", "error", "boundary", "seconds")}
+    return {
+        k: getattr(turn, k)
+        for k in ("step", "num_steps", "sigma", "before", "after", "reasoning", "error", "boundary", "seconds")
+    }
 
 
 def _looks_like_a_path(model: str) -> bool:

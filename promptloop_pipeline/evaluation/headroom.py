@@ -46,7 +46,8 @@ ROTATIONS = {
 
 
 def score(t: Trajectory) -> dict[str, float | None]:
-    verdict = verify(t.image, t.request)  # type: ignore[arg-type]  # the pipeline gave a picture
+    assert t.image is not None  # the pipeline gave a picture
+    verdict = verify(t.image, t.request)
     return {"score": verdict.score, "strict": float(verdict.strict)}
 
 
@@ -81,7 +82,7 @@ def column(arm: Sequence[Trajectory], key: str) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="promptloop_pipeline.evaluation.headroom", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="promptloop_pipeline.evaluation.headroom", description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, default=300, help="requests, each with two seeds")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
@@ -104,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
         )
         choice, report = (column(part, "strict").mean() for part in results[name])
         turns = np.mean([sum(turn.changed for turn in t.turns) for t in results[name][1]])
-        print(f"{name:42s} strict {choice:.3f} (choice) {report:.3f} (report)  changes {turns:.2f}  {time.time() - clock:.0f} s", flush=True)
+        print(
+            f"{name:42s} strict {choice:.3f} (choice) {report:.3f} (report)  changes {turns:.2f}  {time.time() - clock:.0f} s",
+            flush=True,
+        )
 
     for name, schedule in LOOKS.items():
         run(name, OracleRefiner(), schedule)
@@ -120,13 +124,24 @@ def main(argv: list[str] | None = None) -> None:
         pair = np.stack([column(part, "score") for part in results[name]])
         picked = pair.argmax(0)
         strict = np.stack([column(part, "strict") for part in results[name]])[picked, np.arange(args.n)]
-        results[f"best-of-2 {name}"] = ([], [Trajectory(r, scores={"strict": s, "score": v}) for r, s, v in zip(asked, strict, pair.max(0))])
+        results[f"best-of-2 {name}"] = (
+            [],
+            [Trajectory(r, scores={"strict": s, "score": v}) for r, s, v in zip(asked, strict, pair.max(0))],
+        )
         print(f"best-of-2 {name}: strict {strict.mean():.3f}")
     print(f"\nlooker chosen on the first seeds: {look}; best blind arm: {best}\nlooker minus arm on the second seeds, strict:")
     rows = []
     for name in sorted(results, key=lambda a: -column(results[a][1], "strict").mean()):
         d = paired_difference(column(results[look][1], "strict"), column(results[name][1], "strict"))
-        rows.append({"arm": name, "strict": float(column(results[name][1], "strict").mean()), "score": float(column(results[name][1], "score").mean()), "difference": str(d), **vars(d)})
+        rows.append(
+            {
+                "arm": name,
+                "strict": float(column(results[name][1], "strict").mean()),
+                "score": float(column(results[name][1], "score").mean()),
+                "difference": str(d),
+                **vars(d),
+            }
+        )
         print(f"{name:42s} {rows[-1]['strict']:.3f}  {d}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -163,8 +163,11 @@ def _picture(image: Image | None, longest: int, alt: str, missing: str) -> str:
         return f'<div class="missing">{missing}</div>'
     small = image.copy() if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
     small.thumbnail((longest, longest))
-    small.save(data := io.BytesIO(), "PNG")
-    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    if max(small.size) > 128:  # a page of a hundred photographs must still open
+        small.convert("RGB").save(data := io.BytesIO(), kind := "JPEG", quality=90)
+    else:
+        small.save(data := io.BytesIO(), kind := "PNG")
+    source = f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
     return f'<img src="{source}" alt="{escape(alt)}" width="{small.width}" height="{small.height}">'
 
 

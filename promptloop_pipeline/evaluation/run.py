@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..refiner import Refiner
 from ..trajectory import Trajectory
@@ -57,7 +58,7 @@ class Difference:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (n = {self.n}, {self.better} better, {self.worse} worse)"
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], resamples: int = 10_000) -> Difference:
+def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = 10_000) -> Difference:
     """`a` minus `b`, pair by pair; percentile bootstrap over pairs with a fixed seed."""
     d = np.asarray(a, float) - np.asarray(b, float)
     rng = np.random.default_rng(0)

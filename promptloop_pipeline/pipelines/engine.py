@@ -74,17 +74,19 @@ class Run:
 
     def _step(self, scheduler: Any) -> Call:
         original = scheduler.step
+        signature = inspect.signature(original)
 
-        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
             following = sampling_step(scheduler, self.calls + 1)[0]
             if following in self.session.due:  # nobody will look otherwise
-                self.sigma = noise_level(scheduler, timestep)
-                self.x0 = x0_estimate(scheduler, model_output, timestep, sample)
-            result = original(model_output, timestep, sample, *args, **kwargs)
+                given = signature.bind(*args, **kwargs).arguments
+                self.sigma = noise_level(scheduler, given["timestep"])
+                self.x0 = x0_estimate(scheduler, given["model_output"], given["timestep"], given["sample"])
+            result = original(*args, **kwargs)
             self.calls += 1
             return result
 
-        step.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # pipelines look for eta, generator
+        step.__signature__ = signature  # type: ignore[attr-defined]  # pipelines look for eta, generator
         return step
 
     # --- turns and the swap -----------------------------------------------------------------------------------------------
@@ -116,7 +118,10 @@ class Run:
             return
         self.turned = step
         if step == 0:
-            self.session.start(sampling_steps(self.pipe.scheduler, _num_calls(self.pipe)))
+            scheduler = self.pipe.scheduler
+            self.session.start(sampling_steps(scheduler, _num_calls(self.pipe)))
+            if any(0 < due < self.session.num_steps for due in self.session.due):
+                noise_level(scheduler, scheduler.timesteps[0])  # a scheduler without x0 says so now, not midway
         before = self.session.prompts
         prompts = self.session.observe(step, self.sigma, self.decode if step else None)
         if prompts is None:

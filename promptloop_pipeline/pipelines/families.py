@@ -76,13 +76,17 @@ def family_of(pipe: Any) -> Family:
 
 
 @torch.no_grad()
-def decode_preview(pipe: Any, family: Family, x0: Tensor, height: int | None, width: int | None, vae: Any = None) -> list[Image]:
+def decode_preview(
+    pipe: Any, family: Family, x0: Tensor, height: int | None, width: int | None, vae: Any = None
+) -> list[Image]:
     """PIL images of x0-estimates, through the pipeline's VAE or a given one (AutoencoderTiny: cheap)."""
     own = vae is None
     vae = pipe.vae if own else vae
     z = family.unpack(pipe, x0, height, width)
     if z.ndim != 4:
-        raise TypeError(f"{type(pipe).__name__} has latents of shape {tuple(z.shape)}; give preview= a function (pipe, x0) -> PIL images")
+        raise TypeError(
+            f"{type(pipe).__name__} has latents of shape {tuple(z.shape)}; give preview= a function (pipe, x0) -> PIL images"
+        )
     config = vae.config
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
         mean, std = (torch.tensor(v, device=z.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))

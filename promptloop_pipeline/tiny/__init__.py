@@ -1,9 +1,9 @@
 """The embedded world: a text-to-image task with an exact judge, small enough for a laptop's CPU, made of real classes.
 
-    from promptloop_pipeline import tiny
-    pipe = tiny.load_pipeline("sd")                    # a stock StableDiffusionPipeline
-    image = pipe("large red circle top left , black background").images[0]
-    tiny.verify(image, "a big red ball on black, nothing else")
+from promptloop_pipeline import tiny
+pipe = tiny.load_pipeline("sd")                    # a stock StableDiffusionPipeline
+image = pipe("large red circle top left , black background").images[0]
+tiny.verify(image, "a big red ball on black, nothing else")
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    "verify": "verifier", "Verdict": "verifier", "SingleShotRefiner": "refiners", "parse": "language", "system_caption": "language", "user_prompt": "language",
+    "verify": "verifier", "Verdict": "verifier", "SingleShotRefiner": "refiners", "parse": "language",
+    "system_caption": "language", "user_prompt": "language",
     "plan": "scenes", "random_spec": "scenes", "single_shot": "refiners", "OracleRefiner": "refiners",
     "RotationRefiner": "refiners", "requests": "benchmark",
 }  # fmt: skip

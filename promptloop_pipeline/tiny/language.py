@@ -19,11 +19,16 @@ SYSTEM_WORDS = (
     *RADIUS, *COLORS, *SHAPES, "top", "bottom", "left", "right", *BACKGROUNDS, "background",
     "clear", "row", "column", *NUMBERS,
 )  # fmt: skip
-CLEAR_SHARE = (0.50, 0.75, 0.95)  # how often the caption of a picture with 0, 1, 2 stickers names clear cells: a clause has its price
+CLEAR_SHARE = (
+    0.50,
+    0.75,
+    0.95,
+)  # how often the caption of a picture with 0, 1, 2 stickers names clear cells: a clause has its price
 MAX_TOKENS = 2 + 6 * SLOTS + 2  # start, end; five words and a comma for each clause; two words of background
 
 # name -> (words used in training, words held out of all training)
-COLOR_WORDS = {
+Words = tuple[tuple[str, ...], tuple[str, ...]]
+COLOR_WORDS: dict[str, Words] = {
     "red": (("red", "crimson"), ("scarlet",)),
     "yellow": (("yellow", "golden"), ("lemon",)),
     "green": (("green", "emerald"), ("jade",)),
@@ -31,14 +36,14 @@ COLOR_WORDS = {
     "blue": (("blue", "navy"), ("sapphire",)),
     "purple": (("purple", "violet"), ("amethyst",)),
 }
-SHAPE_WORDS = {
+SHAPE_WORDS: dict[str, Words] = {
     "circle": (("circle", "ball"), ("disc",)),
     "square": (("square", "box"), ("block",)),
     "triangle": (("triangle", "pyramid"), ("wedge",)),
     "cross": (("cross", "plus sign"), ("x mark",)),
 }
-SIZE_WORDS = {"small": (("small", "little"), ("tiny",)), "large": (("large", "big"), ("huge",))}
-RELATION_WORDS = {
+SIZE_WORDS: dict[str, Words] = {"small": (("small", "little"), ("tiny",)), "large": (("large", "big"), ("huge",))}
+RELATION_WORDS: dict[str, Words] = {
     "left of": (("left of", "to the left of"), ("on the left side of",)),
     "right of": (("right of", "to the right of"), ("on the right side of",)),
     "above": (("above", "over"), ("on top of",)),
@@ -91,7 +96,7 @@ def training_caption(scene: Scene, rng: random.Random) -> str:
 # --- user language ------------------------------------------------------------------------------------------------------
 
 
-def _pick(words: tuple[tuple[str, ...], tuple[str, ...]], rng: random.Random, split: str) -> str:
+def _pick(words: Words, rng: random.Random, split: str) -> str:
     """`split` "train": words of training; "test": half of the time a word that no training ever saw."""
     return rng.choice(words[1] if split == "test" and rng.random() < 0.5 else words[0])
 
@@ -126,7 +131,7 @@ def user_prompt(spec: Spec, rng: random.Random, split: str = "train") -> str:
 # --- parsing ------------------------------------------------------------------------------------------------------------
 
 
-def _table(words: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]) -> dict[str, str]:
+def _table(words: dict[str, Words]) -> dict[str, str]:
     return {w: name for name, (seen, unseen) in words.items() for w in seen + unseen}
 
 
@@ -144,9 +149,7 @@ _OBJECT = re.compile(
 _BETWEEN = re.compile(rf"\s*\b({_any(_RELATION)})(?: a| one)?\s*")
 _CLEAR = re.compile(rf"\bclear row ({'|'.join(NUMBERS)}) column ({'|'.join(NUMBERS)})\b")
 _CLEAN = re.compile("|".join(re.escape(w.strip(" ,")) for seen in CLEAN_WORDS for w in seen) + r"|\bempty$")
-_GROUND = re.compile(
-    r"\b(?:({0}) (?:background|backdrop|wall)|(?:on|against)(?: a)? ({0}))\b".format("|".join(BACKGROUNDS))
-)
+_GROUND = re.compile(r"\b(?:({0}) (?:background|backdrop|wall)|(?:on|against)(?: a)? ({0}))\b".format("|".join(BACKGROUNDS)))
 
 
 def parse(text: str) -> Spec:

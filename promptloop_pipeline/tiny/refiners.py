@@ -72,7 +72,9 @@ class RotationRefiner:
     had; `alone` drops the objects too and fills all slots with clauses. With `hold` the first choice `hold` stays throughout.
     """
 
-    def __init__(self, order: str = "rows", hold: int | None = None, terse: bool = False, alone: bool = False, from_start: bool = True):
+    def __init__(
+        self, order: str = "rows", hold: int | None = None, terse: bool = False, alone: bool = False, from_start: bool = True
+    ):
         self.order, self.hold, self.terse, self.alone, self.from_start = order, hold, terse, alone, from_start
 
     def _cells(self, request: str, spec: Spec) -> list[Cell]:

@@ -31,7 +31,12 @@ COLORS = {
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255)}
 STICKER = (250, 140, 20)
 RADIUS = {"small": 4.6, "large": 6.1}  # pixels
-QUADRANTS = {"top left": (8, 8), "top right": (24, 8), "bottom left": (8, 24), "bottom right": (24, 24)}
+QUADRANTS: dict[str, tuple[float, float]] = {
+    "top left": (8, 8),
+    "top right": (24, 8),
+    "bottom left": (8, 24),
+    "bottom right": (24, 24),
+}
 RELATIONS = ("left of", "right of", "above", "below")
 GRID = 4  # sticker cells on each side
 CELLS = tuple((row, column) for row in range(GRID) for column in range(GRID))

@@ -17,7 +17,19 @@ from PIL import Image, ImageDraw
 
 from .language import parse
 from .scenes import (
-    BACKGROUNDS, CELLS, COLORS, GRID, QUADRANTS, SHAPES, SIZE, STICKER, Cell, Object, Spec, holds, outline,
+    BACKGROUNDS,
+    CELLS,
+    COLORS,
+    GRID,
+    QUADRANTS,
+    SHAPES,
+    SIZE,
+    STICKER,
+    Cell,
+    Object,
+    Spec,
+    holds,
+    outline,
 )  # fmt: skip
 
 _ZOOM = 4  # pixels are read at this magnification
@@ -150,7 +162,9 @@ def read(image: Image.Image | np.ndarray) -> Reading:
             x, y = float(left + xs.mean() + 0.5) / _ZOOM, float(top + ys.mean() + 0.5) / _ZOOM
             if color == "sticker":
                 rows, columns = (top + ys) // _CELL, (left + xs) // _CELL  # two may touch: count by cell
-                found = [((r, c), int(((rows == r) & (columns == c)).sum())) for r, c in set(zip(rows.tolist(), columns.tolist()))]
+                found = [
+                    ((r, c), int(((rows == r) & (columns == c)).sum())) for r, c in set(zip(rows.tolist(), columns.tolist()))
+                ]
                 stickers |= {cell for cell, area in found if area >= min(_MIN_AREA, max(a for _, a in found))}
                 continue
             full = np.linalg.norm(_PALETTE[votes.argmax()] - ground)
@@ -164,7 +178,11 @@ def _atoms(spec: Spec, seen: tuple[Seen | None, ...]) -> list[tuple[str, float]]
     atoms: list[tuple[str, float]] = []
     for o, s in zip(spec.objects, seen, strict=True):
         name = f"{o.size + ' ' if o.size else ''}{o.color} {o.shape}"
-        same = 0.0 if s is None else (1.0 if (s.color, s.shape) == (o.color, o.shape) else 0.4 * (o.color == s.color or o.shape == s.shape))
+        same = (
+            0.0
+            if s is None
+            else (1.0 if (s.color, s.shape) == (o.color, o.shape) else 0.4 * (o.color == s.color or o.shape == s.shape))
+        )
         atoms.append((name, same))
         if o.size:
             atoms.append((f"{name} is {o.size}", float(s is not None and same == 1 and s.size == o.size)))
@@ -173,7 +191,12 @@ def _atoms(spec: Spec, seen: tuple[Seen | None, ...]) -> list[tuple[str, float]]
     for i, relation, j in spec.relations:
         a, b = seen[i], seen[j]
         ok = a is not None and b is not None and atoms and holds(relation, QUADRANTS[a.quadrant], QUADRANTS[b.quadrant])
-        atoms.append((f"{spec.objects[i].color} {spec.objects[i].shape} {relation} {spec.objects[j].color} {spec.objects[j].shape}", float(bool(ok))))
+        atoms.append(
+            (
+                f"{spec.objects[i].color} {spec.objects[i].shape} {relation} {spec.objects[j].color} {spec.objects[j].shape}",
+                float(bool(ok)),
+            )
+        )
     return atoms
 
 

@@ -116,7 +116,9 @@ def test_samples_of_one_prompt_are_refined_one_by_one(host):
 def test_later_turns_build_on_earlier_ones(host):
     refiner = SamplePrompts({(1, CAT): DOG, (3, "a green car"): "a boat"})
     out = attach(host.pipe)([CAT, "a green car"], refiner=refiner, refine_at="1, 3", **host.kwargs(1, 2)).images
-    first = attach(host.pipe)([CAT, "a green car"], refiner=SamplePrompts({(1, CAT): DOG}), refine_at="1", **host.kwargs(1, 2)).images
+    first = attach(host.pipe)(
+        [CAT, "a green car"], refiner=SamplePrompts({(1, CAT): DOG}), refine_at="1", **host.kwargs(1, 2)
+    ).images
     assert same(out[0], first[0])  # the turn at 3 did not put the old prompt back
     assert not same(out[1], first[1])
 
@@ -149,7 +151,9 @@ def test_negative_prompts_of_a_batch(host):
     scale = "true_cfg_scale" if host.name == "flux" else "guidance_scale"
     changes = {"negative_prompt": ["ugly", "wrong"], scale: 4.0}
     expected = host.pipe([CAT, CAT], **host.kwargs(1, 2, **changes)).images
-    out = attach(host.pipe)([DOG, CAT], refiner=SamplePrompts({(0, DOG): CAT}), refine_at="start", **host.kwargs(1, 2, **changes)).images
+    out = attach(host.pipe)(
+        [DOG, CAT], refiner=SamplePrompts({(0, DOG): CAT}), refine_at="start", **host.kwargs(1, 2, **changes)
+    ).images
     assert torch.allclose(out, expected, atol=1e-5)
 
 
@@ -296,7 +300,10 @@ def test_random_states_are_untouched(host):
 def test_the_preview_of_the_last_step_is_nearly_the_image(host):
     seen = {}
     out = attach(host.pipe)(
-        CAT, refiner=FunctionRefiner(lambda v: seen.update({v.step: v})), refine_at="1, 4, end", **host.kwargs(output_type="pil")
+        CAT,
+        refiner=FunctionRefiner(lambda v: seen.update({v.step: v})),
+        refine_at="1, 4, end",
+        **host.kwargs(output_type="pil"),
     )
     assert seen[5].image.tobytes() == out.images[0].tobytes() == out.trajectories[0].image.tobytes()
     assert seen[1].sigma > seen[4].sigma > seen[5].sigma == 0
@@ -375,11 +382,12 @@ def test_named_class(host, stock, tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path)  # needs nothing of ours
     again.set_progress_bar_config(disable=True)
     assert type(again) is type(host.pipe)
-    assert same(again(CAT, **host.kwargs()).images, stock)
+    assert torch.allclose(again(CAT, **host.kwargs()).images, stock, atol=1e-4)  # loading changes memory layouts
     ours = cls.from_pretrained(tmp_path)
     ours.set_progress_bar_config(disable=True)
     assert type(ours) is cls
-    assert same(ours(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images, expected)
+    reloaded = ours(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images
+    assert torch.allclose(reloaded, expected, atol=1e-4)
 
 
 def test_bad_input(host):
@@ -413,6 +421,18 @@ def test_unsupported_pipelines_are_refused_by_name():
         attach(pipe)
     with pytest.raises(TypeError, match="dict is not supported: it lacks a scheduler"):
         attach({})
+
+
+def test_scheduler_without_x0_is_refused_before_anything_is_computed(makers, monkeypatch):
+    from diffusers import KarrasVeScheduler
+
+    from .conftest import Maker
+
+    host = makers.setdefault("sd", Maker("sd"))
+    monkeypatch.setattr(host.pipe, "scheduler", KarrasVeScheduler())
+    with pytest.raises(Exception, match="KarrasVeScheduler has no x0-estimate"):
+        attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="2", **host.kwargs())
+    assert clean(host.pipe)
 
 
 def test_missing_folder():
