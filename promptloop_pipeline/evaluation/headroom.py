@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default=None, help="a pipeline folder instead of the embedded one")
     args = parser.parse_args(argv)
 
-    pipe = _load(args.model)
+    pipe = load(args.model)
     asked = requests(args.n, "test", args.objects)
     common = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale, "score": score}
     results: dict[str, tuple[list[Trajectory], list[Trajectory]]] = {}
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         (args.out / "headroom.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def _load(folder: str | None) -> Any:
+def load(folder: str | Path | None) -> Any:
     if folder is None:
         return load_pipeline("sd")
     from diffusers import DiffusionPipeline

@@ -205,8 +205,11 @@ def verify(image: Image.Image | np.ndarray, request: str | Spec) -> Verdict:
 
     Raises ValueError when the request names nothing of this world.
     """
-    spec = parse(request) if isinstance(request, str) else request
-    reading = read(image)
+    return judge(read(image), parse(request) if isinstance(request, str) else request)
+
+
+def judge(reading: Reading, spec: Spec) -> Verdict:
+    """`verify` on a picture that was read already."""
     n = len(spec.objects)
     pool: list[Seen | None] = [*reading.objects[:6], *([None] * n)]
     best: list[tuple[str, float]] = []
