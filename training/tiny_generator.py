@@ -50,6 +50,7 @@ SCENES = 48_000
 LATENT = 8  # channels; the latent grid is 8 x 8
 WIDTH = 96  # of the text states
 CLAUSE_WEIGHT = 20.0
+SAVE_EVERY = 1000  # steps
 
 
 def new_autoencoder() -> AutoencoderTiny:
@@ -138,7 +139,7 @@ class Stage:
                 rate = (self.step - first) / (time.time() - start)
                 mean = sum(self.losses[-250:]) / len(self.losses[-250:])
                 print(f"{self.name} {self.step}/{self.steps} loss {mean:.4f} {rate:.1f} it/s", flush=True)
-            if self.step % 1000 == 0 or self.step == self.steps:
+            if self.step % SAVE_EVERY == 0 or self.step == self.steps:
                 self.save()
 
     def update(self, loss: Tensor) -> None:

@@ -18,7 +18,7 @@ INTRO = (
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for index.html, trajectories.jsonl and the pictures.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for index.html, overview.png, trajectories.jsonl.")] = Path(
         "promptloop-demo"
     ),
     n: Annotated[int, typer.Option(min=1, max=1000, help="How many prompts.")] = 16,
@@ -36,6 +36,7 @@ def demo(
     from ..evaluation.headroom import score
     from ..evaluation.report import Arm, write_report
     from ..evaluation.run import paired_difference, run_arm
+    from ..evaluation.sheet import contact_sheet
     from ..refiners.scripted import NoOpRefiner
     from ..tiny import load_pipeline, requests
     from ..tiny.refiners import OracleRefiner, RotationRefiner, SingleShotRefiner
@@ -81,6 +82,7 @@ def demo(
             "s/image": f"{figure['seconds']:.2f}", "closed loop gains": gain,
         })  # fmt: skip
     page = write_report(arms, folder / "index.html", title="PromptLoop demo", intro=INTRO, table=rows, pixelated=True)
+    contact_sheet(arms).save(folder / "overview.png")
     total = time.perf_counter() - start
     if as_json:
         print(json.dumps({"n": n, "seed": seed, "arms": figures, "seconds": total, "report": str(page)}, indent=1))

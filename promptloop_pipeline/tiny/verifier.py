@@ -173,30 +173,29 @@ def read(image: Image.Image | np.ndarray) -> Reading:
     return Reading(background, tuple(objects), tuple(c for c in CELLS if c in stickers))
 
 
+def _likeness(o: Object, s: Seen | None) -> float:
+    """1 for the thing itself, 0.4 for its colour or its shape alone, 0 for nothing of it."""
+    if s is None or (s.color != o.color and s.shape != o.shape):
+        return 0.0
+    return 1.0 if (s.color, s.shape) == (o.color, o.shape) else 0.4
+
+
 def _atoms(spec: Spec, seen: tuple[Seen | None, ...]) -> list[tuple[str, float]]:
     """The atoms of the requested objects under one assignment of what was seen to what was asked for."""
     atoms: list[tuple[str, float]] = []
-    for o, s in zip(spec.objects, seen, strict=True):
-        name = f"{o.size + ' ' if o.size else ''}{o.color} {o.shape}"
-        same = (
-            0.0
-            if s is None
-            else (1.0 if (s.color, s.shape) == (o.color, o.shape) else 0.4 * (o.color == s.color or o.shape == s.shape))
-        )
-        atoms.append((name, same))
+    found: list[Seen | None] = []  # only where it is the thing itself
+    names = [f"{o.color} {o.shape}" for o in spec.objects]
+    for name, o, s in zip(names, spec.objects, seen, strict=True):
+        atoms.append((name, _likeness(o, s)))
+        found.append(s if atoms[-1][1] == 1 else None)
         if o.size:
-            atoms.append((f"{name} is {o.size}", float(s is not None and same == 1 and s.size == o.size)))
+            atoms.append((f"{name} is {o.size}", float(found[-1] is not None and found[-1].size == o.size)))
         if o.quadrant:
-            atoms.append((f"{name} at {o.quadrant}", float(s is not None and same == 1 and s.quadrant == o.quadrant)))
+            atoms.append((f"{name} at {o.quadrant}", float(found[-1] is not None and found[-1].quadrant == o.quadrant)))
     for i, relation, j in spec.relations:
-        a, b = seen[i], seen[j]
-        ok = a is not None and b is not None and atoms and holds(relation, QUADRANTS[a.quadrant], QUADRANTS[b.quadrant])
-        atoms.append(
-            (
-                f"{spec.objects[i].color} {spec.objects[i].shape} {relation} {spec.objects[j].color} {spec.objects[j].shape}",
-                float(bool(ok)),
-            )
-        )
+        a, b = found[i], found[j]
+        ok = a is not None and b is not None and holds(relation, QUADRANTS[a.quadrant], QUADRANTS[b.quadrant])
+        atoms.append((f"{names[i]} {relation} {names[j]}", float(ok)))
     return atoms
 
 
