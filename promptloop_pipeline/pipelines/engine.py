@@ -60,6 +60,7 @@ class Run:
         self.original: dict[str, Slots] = {}  # by module: what the pipeline passes
         self.versions: dict[str, dict[tuple[str, ...], int]] = {}  # to notice when somebody writes into it
         self.current: dict[str, Slots] = {}  # by module: what goes in instead
+        self.unchecked = False  # whether this step's first call has yet to take the swap
 
     def __call__(self) -> Any:
         scheduler = self.pipe.scheduler
@@ -116,7 +117,7 @@ class Run:
         step, first = sampling_step(self.pipe.scheduler, self.calls)
         if not first or step <= self.turned:
             return
-        self.turned = step
+        self.turned, self.unchecked = step, True
         if step == 0:
             scheduler = self.pipe.scheduler
             self.session.start(sampling_steps(scheduler, _num_calls(self.pipe)))
@@ -165,7 +166,7 @@ class Run:
 
     def _swapped(self, name: str, named: dict[str, Any]) -> dict[str, Any]:
         """The module's arguments with the pipeline's own conditioning replaced; what is not the pipeline's own stays."""
-        out = dict(named)
+        out, unchecked, self.unchecked = dict(named), self.unchecked, False
         for path, original in self.original[name].items():
             owner = out.get(path[0]) if len(path) > 1 else out
             given = owner.get(path[-1]) if owner is not None else None
@@ -175,6 +176,11 @@ class Run:
             replacement = _counterpart(given, original, self.current[name][path])
             if replacement is not None:
                 out[path[0]] = replacement if len(path) == 1 else dict(out[path[0]]) | {path[-1]: replacement}
+                unchecked = False
+        if unchecked:
+            logger.warning(
+                "step %d: a callback has replaced the prompt's conditioning; the refined prompt has no effect", self.turned
+            )
         return out
 
     def probe(self, prompts: list[str]) -> dict[str, Slots]:

@@ -54,7 +54,9 @@ def test_demo(tmp_path):
 
 def test_generate(tmp_path):
     out = tmp_path / "out"
-    code, text, err = promptloop("generate", "a red circle on black, nothing else", "--n", "2", "--seed", "5", "--out", str(out))
+    code, text, err = promptloop(
+        "generate", "a red circle on black, nothing else", "--n", "2", "--seed", "5", "--out", str(out)
+    )
     assert code == 0, err
     assert (out / "5.png").is_file() and (out / "6.png").is_file() and (out / "index.html").is_file()
     found = load(out)
@@ -86,7 +88,9 @@ def test_generate_with_a_refiner_of_ones_own(run, tmp_path, monkeypatch):
         "shout = FunctionRefiner(lambda view: view.prompt.replace('red', 'blue'))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    code, out, err = run("generate", RED, "--refiner", "mine:shout", "--refine-at", "50%", "--steps", "4", "--out", str(tmp_path / "o"), "--json")
+    code, out, err = run(
+        "generate", RED, "--refiner", "mine:shout", "--refine-at", "50%", "--steps", "4", "--out", str(tmp_path / "o"), "--json"
+    )
     assert code == 0, err
     (turn,) = json.loads(out)["turns"][0]
     assert (turn["step"], turn["after"]) == (2, RED.replace("red", "blue"))

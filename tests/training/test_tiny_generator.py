@@ -3,10 +3,10 @@
 import random
 
 import numpy as np
+import promptloop_training.tiny_generator as recipe
 import pytest
 import torch
 
-import promptloop_training.tiny_generator as recipe
 from promptloop_pipeline.tiny.language import parse, training_caption
 from promptloop_pipeline.tiny.tokenizer import build_tokenizer
 
@@ -18,9 +18,7 @@ class Killed(Exception):
 
 
 def weights(folder):
-    return {
-        p.relative_to(folder): p.read_bytes() for p in sorted((folder / "pipeline").rglob("*.safetensors"))
-    }
+    return {p.relative_to(folder): p.read_bytes() for p in sorted((folder / "pipeline").rglob("*.safetensors"))}
 
 
 def test_resume_equals_never_having_stopped(tmp_path, monkeypatch):
@@ -71,7 +69,9 @@ def test_captions_are_true_of_their_pictures():
 
 
 def test_read_out_targets():
-    rows, ground, cells = recipe.read_out_targets(parse("small blue cross bottom left , white background , clear row one column two"))
+    rows, ground, cells = recipe.read_out_targets(
+        parse("small blue cross bottom left , white background , clear row one column two")
+    )
     assert rows == [[0, 0, 0], [0, 0, 0], [4, 5, 1], [0, 0, 0]]
     assert ground == 2
     assert cells == [0, 1] + [0] * 14
