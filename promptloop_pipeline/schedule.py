@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 _HELP = 'use "start", "end", "none", a step like "6", a share like "20%", "every 4", or several of these separated by commas'
 
@@ -21,7 +22,14 @@ _HELP = 'use "start", "end", "none", a step like "6", a share like "20%", "every
 class RefinementSchedule:
     """Parsed and checked; `steps(n)` gives the step indices for a run of `n` steps. `str()` gives the text back."""
 
-    items: tuple[str, ...]
+    items: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.items, tuple) or not all(isinstance(item, str) for item in self.items):
+            raise TypeError(
+                f"RefinementSchedule takes a tuple of texts, not {self.items!r}; RefinementSchedule.parse reads everything else"
+            )
+        object.__setattr__(self, "items", tuple(_check(item) for item in self.items))
 
     @classmethod
     def parse(cls, value: str | int | Iterable[str | int] | RefinementSchedule) -> RefinementSchedule:
@@ -30,11 +38,11 @@ class RefinementSchedule:
         if isinstance(value, RefinementSchedule):
             return value
         parts: list[str] = []
-        for part in [value] if isinstance(value, (str, int)) else _iterate(value):
-            if isinstance(part, bool) or not isinstance(part, (str, int)):
+        for part in value if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [value]:
+            if isinstance(part, bool) or not isinstance(part, (str, Integral)):
                 raise TypeError(f"a refinement schedule is text or step numbers, not {type(part).__name__} {part!r}; {_HELP}")
             parts += str(part).lower().split(",")
-        items = tuple(_check(re.sub(r"\s+", " ", p.strip())) for p in parts)
+        items = tuple(re.sub(r"\s+", " ", p.strip()) for p in parts)
         if "none" in items and len(items) > 1:
             raise ValueError(f'refinement schedule {value!r}: "none" cannot be combined with other turns; {_HELP}')
         return cls(() if items == ("none",) else items)
@@ -42,7 +50,8 @@ class RefinementSchedule:
     def steps(self, num_steps: int) -> tuple[int, ...]:
         """Sorted, distinct indices in [0, num_steps]. A turn at index k acts from step k on; k = num_steps is after the end.
 
-        A share above 0% is never the start and one below 100% never the end, so that few-step models are refined too.
+        A share above 0% is never the start and one below 100% never the end, so that few-step models are refined too; a run of a
+        single step has no middle. Steps are those that the scheduler takes: PNDM takes one more than it is asked for.
         Raises ValueError when a step number lies beyond the run.
         """
         found: set[int] = set()
@@ -53,8 +62,10 @@ class RefinementSchedule:
                 found.add(num_steps)
             elif item.endswith("%"):
                 share = float(item[:-1]) / 100
-                step = int(share * num_steps + 0.5)
-                found.add(step if share in (0, 1) else min(max(step, 1), max(num_steps - 1, 1)))
+                if share in (0, 1):
+                    found.add(int(share * num_steps))
+                elif num_steps > 1:
+                    found.add(min(max(int(share * num_steps + 0.5), 1), num_steps - 1))
             elif item.startswith("every "):
                 found.update(range(int(item[6:]), num_steps, int(item[6:])))
             elif int(item) > num_steps:
@@ -70,14 +81,8 @@ class RefinementSchedule:
         return ", ".join(self.items) or "none"
 
 
-def _iterate(value: object) -> Iterable[object]:
-    if not isinstance(value, Iterable):
-        raise TypeError(f"a refinement schedule is text or step numbers, not {type(value).__name__} {value!r}; {_HELP}")
-    return value
-
-
 def _check(item: str) -> str:
-    if item in ("start", "end", "none") or re.fullmatch(r"\d+", item):
+    if item in ("start", "end") or re.fullmatch(r"\d+", item):
         return item
     if share := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", item):
         if float(share[1]) > 100:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +56,9 @@ class Session:
             raise ValueError("the list of prompts is empty; give at least one prompt")
         if bad := [r for r in requests if not isinstance(r, str)]:
             raise TypeError(f"a prompt must be text, not {type(bad[0]).__name__} {bad[0]!r}")
-        if not callable(getattr(refiner, "refine", None)):
-            raise TypeError(f"{type(refiner).__name__} is no refiner: it needs a method refine(views) -> list of Refinement")
+        if isinstance(refiner, type) or not callable(getattr(refiner, "refine", None)):
+            what = f"the class {refiner.__name__}" if isinstance(refiner, type) else type(refiner).__name__
+            raise TypeError(f"{what} is no refiner: give an object with a method refine(views) -> list of Refinement")
         self.refiner, self.strict, self.cancel = refiner, strict, cancel
         self.schedule = RefinementSchedule.parse(schedule)
         self.trajectories = [Trajectory(r, meta=dict(m)) for r, m in zip(requests, meta or [{}] * len(requests), strict=True)]
@@ -87,7 +88,7 @@ class Session:
         try:
             if preview is not None:
                 clock = time.perf_counter()
-                images = preview()
+                images = _check_preview(preview(), len(images))
                 seconds["preview"] = time.perf_counter() - clock
             views = [
                 View(t.request, t.prompt, step, self.num_steps, sigma, image, tuple(t.turns))
@@ -138,13 +139,33 @@ class Session:
             if t.turns[-1].changed:
                 t.turns[-1] = change(t.turns[-1])
 
-    def finish(self, images: Sequence[Image] | None, sigma: float = 0.0) -> list[Trajectory]:
-        """Stores the finished pictures and takes the turn "end", if there is one."""
-        for t, image in zip(self.trajectories, images or repeat(None, len(self.trajectories)), strict=True):
+    def finish(
+        self,
+        images: Sequence[Image] | None,
+        sigma: float | None = 0.0,
+        preview: Callable[[], Sequence[Image]] | None = None,
+        look: bool = True,
+    ) -> list[Trajectory]:
+        """Stores the finished pictures and takes the turn "end", if there is one and the run was not cut short (`look`).
+
+        preview: how to get pictures for that turn where the run gave none. sigma: of what was finished.
+        """
+        for t, image in zip(self.trajectories, images or repeat(None, len(self.trajectories)), strict=bool(images)):
             t.image = image
-        if images:
-            self.observe(self.num_steps, sigma, lambda: images)
+        if look and images:
+            self.observe(self.num_steps, sigma, lambda: [image.copy() for image in images])  # the originals are the user's
+        elif look and preview:
+            self.observe(self.num_steps, sigma, preview)
         return self.trajectories
+
+
+def _check_preview(images: object, expected: int) -> Sequence[Image]:
+    if not isinstance(images, (list, tuple)) or len(images) != expected:
+        got = f"{len(images)} pictures" if isinstance(images, (list, tuple)) else type(images).__name__
+        raise ValueError(
+            f"the preview gave {got} for {expected} samples; it must give a list with one PIL image for each sample"
+        )
+    return images
 
 
 def _check_answers(answers: object, expected: int, refiner: Refiner) -> None:
@@ -156,12 +177,12 @@ def _check_answers(answers: object, expected: int, refiner: Refiner) -> None:
             f"{name}.refine returned {got} for {expected} views; it must return a list with one Refinement for each view"
         )
     for a in answers:
-        if not isinstance(getattr(a, "prompt", ...), str | None) or not hasattr(a, "error"):
-            what = (
-                f"a Refinement whose prompt is {type(a.prompt).__name__}"
-                if hasattr(a, "prompt")
-                else f"{type(a).__name__} {a!r:.80}"
-            )
-            raise TypeError(
-                f"{name}.refine returned {what}; each answer must be a Refinement whose prompt is text, or None to keep it"
-            )
+        if missing := [f.name for f in fields(Refinement) if not hasattr(a, f.name)]:
+            what = f"{type(a).__name__} {a!r:.80} (without {', '.join(missing)})"
+        elif not isinstance(a.prompt, str | None) or not isinstance(a.error, str | None):
+            what = f"a Refinement whose prompt is {type(a.prompt).__name__} and whose error is {type(a.error).__name__}"
+        else:
+            continue
+        raise TypeError(
+            f"{name}.refine returned {what}; each answer must be a Refinement whose prompt is text, or None to keep it"
+        )

@@ -7,7 +7,10 @@ lacks gets its default, so files of older versions stay readable; a file of a ne
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from uuid import uuid4
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger("promptloop")
 VERSION = 1
 FILE = "trajectories.jsonl"
 
@@ -73,43 +77,69 @@ class Trajectory:
 def save(trajectories: Iterable[Trajectory], folder: str | Path) -> Path:
     """Appends to `folder/trajectories.jsonl`, pictures first, so that a line never names a picture that is not there.
 
-    Returns the file. Raises OSError, naming the folder, when it cannot be written.
+    Nothing that is there is written over. numpy's numbers become plain ones; whatever else JSON cannot hold becomes its text.
+    Returns the file. Raises OSError, naming the folder, when it cannot be written; ValueError for an id that is no plain name.
     """
     folder = Path(folder)
+    file = folder / FILE
+    records = [(t, _record(t)) for t in trajectories]
     try:
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        for t in trajectories:
-            line = json.dumps(_record(t, folder), ensure_ascii=False)
-            with open(folder / FILE, "a", encoding="utf-8") as f:
-                f.write(line + "\n")
+        for t, record in records:
+            record["image"] = _write_image(t.image, folder, t.id)
+            for k, turn in enumerate(t.turns):
+                record["turns"][k]["image"] = _write_image(turn.image, folder, f"{t.id}-{k:02d}")
+            torn = (
+                file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
+            )  # somebody was killed here
+            with open(file, "a", encoding="ascii") as f:
+                f.write(("\n" if torn else "") + json.dumps(record, default=_plain) + "\n")
     except OSError as e:
         raise OSError(f"cannot write trajectories to {folder}: {e}; choose a folder that you may write to") from e
-    return folder / FILE
+    return file
 
 
 def load(path: str | Path) -> list[Trajectory]:
-    """Reads a folder written by `save`, or its .jsonl file. Raises FileNotFoundError, or ValueError naming the line."""
+    """Reads a folder written by `save`, or its .jsonl file. A last line that was torn off in writing is left out, with a warning.
+
+    Raises FileNotFoundError, or ValueError naming the line.
+    """
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no trajectories at {path}: expected a folder with {FILE}, or such a file")
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                found.append(_from_record(json.loads(line), file.parent))
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{file}, line {number}: not a trajectory ({type(e).__name__}: {e})") from e
-            except ValueError as e:
-                raise ValueError(f"{file}, line {number}: {e}") from e
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_from_record(json.loads(line), file.parent))
+        except json.JSONDecodeError as e:
+            if number < len(lines):
+                raise ValueError(f"{file}, line {number}: not a trajectory ({e})") from e
+            logger.warning("%s, line %d was torn off in writing and is left out", file, number)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{file}, line {number}: not a trajectory ({type(e).__name__}: {e})") from e
+        except (ValueError, OSError) as e:
+            raise ValueError(f"{file}, line {number}: {e}") from e
     return found
 
 
-def _write_image(image: Image | None, folder: Path, name: str) -> str | None:
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
+
+
+def _write_image(image: Image | None, folder: Path, stem: str) -> str | None:
     if image is None:
         return None
-    image.save(folder / "images" / name)
-    return f"images/{name}"
+    data = io.BytesIO()
+    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(data, "PNG")
+    name, number = f"images/{stem}.png", 2
+    while (folder / name).exists():
+        name, number = f"images/{stem}.{number}.png", number + 1
+    (folder / name).write_bytes(data.getvalue())
+    return name
 
 
 def _read_image(name: str | None, folder: Path) -> Image | None:
@@ -117,20 +147,20 @@ def _read_image(name: str | None, folder: Path) -> Image | None:
         return None
     import PIL.Image
 
+    if not (folder / name).resolve().is_relative_to((folder / "images").resolve()):
+        raise ValueError(
+            f"the picture {name!r} lies outside of {folder / 'images'}; a record may only name what was saved with it"
+        )
     with PIL.Image.open(folder / name) as image:
         image.load()
         return image.copy()
 
 
-def _record(t: Trajectory, folder: Path) -> dict[str, Any]:
-    turns = []
-    for k, turn in enumerate(t.turns):
-        row = {f.name: getattr(turn, f.name) for f in fields(Turn)}
-        turns.append(row | {"image": _write_image(turn.image, folder, f"{t.id}-{k:02d}.png")})
-    image = _write_image(t.image, folder, f"{t.id}.png")
-    return {
-        "version": VERSION, "id": t.id, "request": t.request, "image": image, "scores": t.scores, "meta": t.meta, "turns": turns,
-    }  # fmt: skip
+def _record(t: Trajectory) -> dict[str, Any]:
+    if not re.fullmatch(r"[\w-]{1,64}", t.id):
+        raise ValueError(f"the id {t.id!r} cannot name files; use 1 to 64 letters, digits, - and _")
+    turns = [{f.name: getattr(turn, f.name) for f in fields(Turn) if f.name != "image"} for turn in t.turns]
+    return {"version": VERSION, "id": t.id, "request": t.request, "scores": t.scores, "meta": t.meta, "turns": turns}
 
 
 def _from_record(record: dict[str, Any], folder: Path) -> Trajectory:
@@ -146,5 +176,7 @@ def _from_record(record: dict[str, Any], folder: Path) -> Trajectory:
         ids = None if turn.token_ids is None else tuple(turn.token_ids)
         logprobs = None if turn.logprobs is None else tuple(turn.logprobs)
         turns.append(replace(turn, image=_read_image(row.get("image"), folder), token_ids=ids, logprobs=logprobs))
+    if not isinstance(record["request"], str):
+        raise ValueError(f"the request is {type(record['request']).__name__}, not text")
     known = {k: record[k] for k in ("scores", "meta", "id") if k in record}
     return Trajectory(record["request"], turns, _read_image(record.get("image"), folder), **known)

@@ -21,7 +21,7 @@ from promptloop_pipeline import RefinementSchedule
         (" START ,  33.3 % ", 10, (0, 3)),
         ("20%", 2, (1,)),  # a few-step model is refined too: neither the start nor the end
         ("80%", 2, (1,)),
-        ("50%", 1, (1,)),
+        ("start, 50%, end", 1, (0, 1)),
         ("every 9", 4, ()),
     ],
 )
@@ -52,7 +52,21 @@ def test_step_beyond_the_run():
     assert RefinementSchedule.parse("30").steps(30) == (30,)
 
 
-@pytest.mark.parametrize("value", [None, 2.5, True, [2.5], {"a": None}.values()])
+@pytest.mark.parametrize("value", [None, 2.5, True, [2.5], {"a": None}.values(), b"20%"])
 def test_wrong_type(value):
     with pytest.raises(TypeError, match="text or step numbers"):
         RefinementSchedule.parse(value)
+
+
+def test_made_by_hand_is_checked_too():
+    assert RefinementSchedule(("20%", "end")) == RefinementSchedule.parse("20%, end")
+    with pytest.raises(ValueError, match="cannot read 'bogus'"):
+        RefinementSchedule(("bogus",))
+    with pytest.raises(TypeError, match="a tuple of texts"):
+        RefinementSchedule("20%")
+
+
+def test_numpy_integers_are_steps():
+    import numpy as np
+
+    assert RefinementSchedule.parse(np.arange(2, 4)).steps(9) == (2, 3)

@@ -84,6 +84,24 @@ def test_a_failing_preview_is_its_own_boundary():
     assert session.trajectories[0].turns[0].boundary == "preview"
 
 
+@pytest.mark.parametrize("pictures", [images(1), images(3), Image.new("RGB", (2, 2)), None])
+def test_a_preview_of_the_wrong_number(pictures):
+    session = Session(["a", "b"], FunctionRefiner(lambda v: "new"), "1")
+    session.start(2)
+    assert session.observe(1, 0.5, lambda: pictures) is None
+    for t in session.trajectories:
+        assert t.turns[0].boundary == "preview"
+        assert "for 2 samples; it must give a list with one PIL image for each" in t.turns[0].error
+
+
+def test_a_refiner_that_draws_on_the_finished_picture_draws_on_a_copy():
+    finished = images(1)
+    session = Session(["a"], FunctionRefiner(lambda v: v.image.paste((255, 0, 0), (0, 0, 2, 2))), "end")
+    session.start(2)
+    session.finish(finished)
+    assert finished[0].getpixel((0, 0)) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("answer", [Refinement("x", error="cut off"), Refinement("  \n"), Refinement("")])
 def test_a_failed_answer_keeps_the_prompt_of_its_sample_only(answer):
     session = Session(["a", "b"], FunctionRefiner(lambda v: answer if v.request == "a" else "fine"), "1")
@@ -129,7 +147,8 @@ class Raw:
         ([Refinement(), Refinement()], ValueError, "returned 2 answers for 1 views"),
         (None, ValueError, "returned NoneType for 1 views"),
         ("a prompt", ValueError, "returned str for 1 views"),
-        (["a prompt"], TypeError, "returned str 'a prompt'; each answer must be a Refinement"),
+        (["a prompt"], TypeError, "returned str 'a prompt' .*; each answer must be a Refinement"),
+        ([Refinement(None, error=OSError())], TypeError, "whose error is OSError"),
         ([Refinement(7)], TypeError, "a Refinement whose prompt is int"),
         ([None], TypeError, "returned NoneType"),
     ],
@@ -149,8 +168,10 @@ def test_bad_sessions():
         Session([], NoOpRefiner(), "1")
     with pytest.raises(TypeError, match="a prompt must be text, not int 7"):
         Session([7], NoOpRefiner(), "1")
-    with pytest.raises(TypeError, match="str is no refiner: it needs a method refine"):
+    with pytest.raises(TypeError, match="str is no refiner: give an object with a method refine"):
         Session(["a"], "refiner", "1")
+    with pytest.raises(TypeError, match="the class NoOpRefiner is no refiner"):
+        Session(["a"], NoOpRefiner, "1")
     with pytest.raises(ValueError, match="cannot read 'often'"):
         Session(["a"], NoOpRefiner(), "often")
     with pytest.raises(ValueError, match="step 9 lies beyond this run of 4 steps"):

@@ -83,3 +83,55 @@ def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"cannot write trajectories to .*file.*choose a folder"):
         save([example()], tmp_path / "file")
+
+
+def test_nothing_is_written_over(tmp_path):
+    save([Trajectory("a", image=picture(1), id="x")], tmp_path)
+    save([Trajectory("b", image=picture(2), id="x")], tmp_path)
+    assert [same(t.image, picture(k)) for k, t in enumerate(load(tmp_path), 1)] == [True, True]
+
+
+def test_what_json_does_not_know(tmp_path):
+    odd = Trajectory("lone \ud800 surrogate", scores={"s": np.float32(0.5), "n": float("nan")}, meta={"path": tmp_path})
+    save([Trajectory("before"), odd, Trajectory("after")], tmp_path)
+    before, read, after = load(tmp_path)
+    assert (before.request, read.request, after.request) == ("before", odd.request, "after")
+    assert read.scores["s"] == 0.5 and read.scores["n"] != read.scores["n"]
+    assert read.meta == {"path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "F"])
+def test_pictures_of_any_mode(tmp_path, mode):
+    image = picture(1).convert("L").convert(mode) if mode == "F" else picture(1).convert(mode)
+    save([Trajectory("a", image=image)], tmp_path)
+    (read,) = load(tmp_path)
+    assert same(read.image, image if mode in ("L", "RGBA", "P") else image.convert("RGB"))
+
+
+def test_a_line_torn_off_in_writing_costs_only_itself(tmp_path, caplog):
+    file = save([Trajectory("whole"), Trajectory("torn")], tmp_path)
+    file.write_bytes(file.read_bytes()[:-20])
+    assert [t.request for t in load(tmp_path)] == ["whole"]
+    assert "line 2 was torn off" in caplog.text
+    save([Trajectory("next")], tmp_path)
+    file.write_text("\n".join(line for line in file.read_text().split("\n") if "torn" not in line))
+    assert [t.request for t in load(tmp_path)] == ["whole", "next"]
+
+
+def test_a_record_reaches_no_other_files(tmp_path):
+    picture(1).save(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match="cannot name files"):
+        save([Trajectory("a", image=picture(1), id="../../escaped")], tmp_path / "run")
+    for name in ("../secret.png", str(tmp_path / "secret.png")):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / FILE).write_text(json.dumps({"version": 1, "request": "a", "image": name}) + "\n")
+        with pytest.raises(ValueError, match="line 1: the picture .* lies outside"):
+            load(tmp_path / "run")
+
+
+def test_a_picture_that_is_gone_is_named_with_its_line(tmp_path):
+    t = Trajectory("a", image=picture(1))
+    save([t], tmp_path)
+    (tmp_path / "images" / f"{t.id}.png").unlink()
+    with pytest.raises(ValueError, match=rf"line 1: .*{t.id}"):
+        load(tmp_path)

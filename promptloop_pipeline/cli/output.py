@@ -16,12 +16,13 @@ def quiet_libraries() -> None:
 
 
 def fresh_folder(wanted: Path) -> Path:
-    """`wanted`, or its first numbered neighbour if a run is there already: no earlier result is ever written over.
+    """`wanted`, or its first numbered neighbour if something is there already: nothing is ever written over.
 
     Raises OSError, naming the folder, when it cannot be written.
     """
+    wanted = wanted.expanduser().resolve()
     folder, number = wanted, 2
-    while (folder / "index.html").exists() or (folder / "trajectories.jsonl").exists():
+    while folder.is_dir() and any(folder.iterdir()):
         folder, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
     try:
         folder.mkdir(parents=True, exist_ok=True)

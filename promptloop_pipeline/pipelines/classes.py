@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from .engine import run
+from ..schedule import RefinementSchedule
+from .engine import DEFAULT_SCHEDULE, run
 from .families import family_of, stock_class
+
+LOOP = {"refiner": None, "refine_at": DEFAULT_SCHEDULE, "preview": None, "strict": False, "cancel": ()}
+
+
+def _call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    loop = {k: kwargs.pop(k) for k in LOOP if k in kwargs}
+    # the class that PromptLoop's own call stands before, be it diffusers' or somebody's subclass
+    mro = type(pipe).__mro__
+    owner = next(c for c in mro[mro.index(_PromptLoop) + 1 if _PromptLoop in mro else 0 :] if "__call__" in vars(c))
+    call = vars(owner)["__call__"]
+    if loop.get("refiner") is None:
+        return call(pipe, *args, **kwargs)
+    return run(pipe, call, args, kwargs, **loop)
 
 
 class Attached:
-    """A stock pipeline whose call takes a refiner; everything else is the pipeline's own, which is not changed."""
+    """A stock pipeline whose call takes a refiner. All that is read from it or set on it is the pipeline's own."""
+
+    pipe: Any
+    defaults: dict[str, Any]
 
     def __init__(self, pipe: Any, defaults: dict[str, Any]) -> None:
-        self.pipe, self.defaults = pipe, defaults
+        self.__dict__.update(pipe=pipe, defaults=defaults)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _call(self.pipe, self.pipe.__call__, args, self.defaults | kwargs)
+        given = list(inspect.signature(type(self.pipe).__call__).parameters)[1 : 1 + len(args)]
+        return _call(self.pipe, args, {k: v for k, v in self.defaults.items() if k not in given} | kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Attached:
+        self.pipe.to(*args, **kwargs)
+        return self
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["pipe"], name)
+        if "pipe" not in self.__dict__:  # while it is being copied
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.pipe, name, value)
 
 
 def attach(pipe: Any, **defaults: Any) -> Attached:
@@ -37,27 +65,33 @@ def attach(pipe: Any, **defaults: Any) -> Attached:
     preview: how x0-estimates become pictures: None (the pipeline's VAE), an AutoencoderTiny, or a function
         (pipe, x0) -> PIL images.
     strict: raise when a turn fails, instead of keeping the prompt and recording the failure.
+    cancel: exception types by which a host stops a run from inside a refiner; they are never taken for a failure.
 
-    Raises TypeError for a pipeline that the loop cannot work with.
+    Raises TypeError for a pipeline that the loop cannot work with, ValueError for an unreadable schedule.
     """
-    pipe = pipe.pipe if isinstance(pipe, Attached) else pipe
+    if isinstance(pipe, Attached):
+        pipe, defaults = pipe.pipe, pipe.defaults | defaults
     family_of(pipe)
+    RefinementSchedule.parse(defaults.get("refine_at", DEFAULT_SCHEDULE))
     return Attached(pipe, defaults)
-
-
-def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    loop = {k: kwargs.pop(k) for k in ("refiner", "refine_at", "preview", "strict", "cancel") if k in kwargs}
-    if loop.get("refiner") is None:
-        return call(*args, **kwargs)
-    return run(pipe, call, args, kwargs, **loop)
 
 
 class _PromptLoop:
     """Mixed into a stock class. Not an `__init__` argument: `from_pretrained` and `from_pipe` go on as they are."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock call, and `refiner`, `refine_at`, `preview`, `strict` as in `promptloop_pipeline.attach`."""
-        return _call(self, super().__call__, args, kwargs)  # type: ignore[misc]
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            """The stock call, and `refiner`, `refine_at`, `preview`, `strict`, `cancel` as in `promptloop_pipeline.attach`."""
+            return _call(self, args, kwargs)
+
+        stock = inspect.signature(super().__call__)  # type: ignore[misc]
+        ours = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in LOOP.items()]
+        theirs = list(stock.parameters.values())
+        rest = [p for p in theirs if p.kind is inspect.Parameter.VAR_KEYWORD]
+        __call__.__signature__ = stock.replace(parameters=[p for p in theirs if p not in rest] + ours + rest)  # type: ignore[attr-defined]
+        cls.__call__ = __call__  # type: ignore[method-assign]
 
     def to_json_string(self) -> str:
         """Names the stock class in what is saved, so that the folder loads without PromptLoop."""

@@ -15,9 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODULES = ("unet", "transformer", "controlnet")  # what may be fed the prompt in every step
-# what these modules call the prompt; bound by name, since some pipelines pass by position
-CONDITIONING = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "txt_ids", "added_cond_kwargs")
+DENOISERS = ("unet", "transformer")
+MODULES = (*DENOISERS, "controlnet")  # what may be fed the prompt in every step
 
 
 def _plain(pipe: Any, x0: Tensor, height: int | None, width: int | None) -> Tensor:
@@ -46,7 +45,10 @@ FAMILIES = (
     Family("flux", "Flux", _unpacked),
 )
 PLAIN = Family("plain", "")
-_UNPROVEN = ("Flux2",)  # begins like a family, is not one
+_UNPROVEN = {  # begins like a family, is not one
+    "Flux2": "its latents need a decoder of their own",
+    "FluxKontext": "it chooses another size than it is asked for, which its previews do not follow yet",
+}
 
 
 def stock_class(pipe: Any) -> type:
@@ -61,13 +63,15 @@ def family_of(pipe: Any) -> Family:
         what
         for what, there in (
             ("a scheduler with step()", hasattr(getattr(pipe, "scheduler", None), "step")),
-            (f"one of {', '.join(MODULES[:2])}", any(getattr(pipe, m, None) is not None for m in MODULES[:2])),
+            (f"a {' or '.join(DENOISERS)}", any(getattr(pipe, m, None) is not None for m in DENOISERS)),
             ("encode_prompt()", hasattr(pipe, "encode_prompt")),
         )
         if not there
     ]
-    if missing or stock.startswith(_UNPROVEN):
-        reason = f"it lacks {' and '.join(missing)}" if missing else "its latents need a decoder that is not there yet"
+    reason = (
+        f"it lacks {' and '.join(missing)}" if missing else next((r for n, r in _UNPROVEN.items() if stock.startswith(n)), None)
+    )
+    if reason:
         raise TypeError(
             f"{stock} is not supported: {reason}. Supported are the text-to-image pipelines of Stable Diffusion 1.x/2.x, XL, 3.x and "
             "FLUX.1, and others with a prompt and plain latents"

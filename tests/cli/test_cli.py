@@ -19,7 +19,12 @@ def promptloop(*args, cwd=None, **env):
     import os
 
     done = subprocess.run(
-        [sys.executable, "-m", "promptloop_pipeline.cli", *args], capture_output=True, text=True, cwd=cwd, env=os.environ | env
+        [sys.executable, "-m", "promptloop_pipeline.cli", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | env,
     )
     return done.returncode, done.stdout, done.stderr
 

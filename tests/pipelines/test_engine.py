@@ -1,5 +1,7 @@
 """What must hold for every family: the loop adds nothing that was not asked for, and does all that was."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, HeunDiscreteScheduler, KDPM2DiscreteScheduler
@@ -173,20 +175,21 @@ def test_callback_of_the_user_is_called_and_its_changes_are_kept(host):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_conditioning_that_the_users_callback_sets_wins(host, in_place, caplog):
+def test_conditioning_that_the_users_callback_sets_wins(host, in_place):
     def callback(pipe, i, t, kwargs):
-        if i == 2 and in_place:
+        if i == 1 and in_place:
             kwargs["prompt_embeds"].mul_(0.5)
-        elif i == 2:
+        elif i == 1:
             kwargs["prompt_embeds"] = kwargs["prompt_embeds"] * 0.5
         return kwargs
 
     options = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
-    plain = attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs()).images
-    out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs(), **options).images
-    assert not same(out, plain)
-    if host.name in ("sd", "embedded"):  # elsewhere the pooled embedding, which callbacks cannot reach, is still ours
-        assert "a callback has replaced the prompt's conditioning" in caplog.text
+    expected = host.pipe(CAT, **host.kwargs(), **options).images
+    out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({3: DOG}), refine_at="3", **host.kwargs(), **options)
+    assert same(out.images, expected)
+    (turn,) = out.trajectories[0].turns
+    assert (turn.after, turn.boundary) == (CAT, "encode"), "what was not applied must not be recorded as applied"
+    assert "a callback has put its own conditioning" in turn.error
 
 
 @pytest.mark.parametrize("name", ["sd", "embedded"])
@@ -272,18 +275,181 @@ def test_failing_refiner_keeps_the_image(host, stock):
 
 
 def test_prompt_that_cannot_be_encoded_is_taken_back(host, stock, monkeypatch):
-    original = host.pipe.encode_prompt
+    original = type(host.pipe).encode_prompt
 
     def encode(*args, **kwargs):
-        if DOG in str(args) + str(kwargs):
+        if DOG in str(args[1:]) + str(kwargs):
             raise RuntimeError("out of memory")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(host.pipe, "encode_prompt", encode)
+    monkeypatch.setattr(type(host.pipe), "encode_prompt", encode)
     out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs())
     assert same(out.images, stock)
     (turn,) = out.trajectories[0].turns
     assert (turn.after, turn.error, turn.boundary) == (CAT, "RuntimeError: out of memory", "encode")
+
+
+def test_probe_that_cannot_begin_is_a_recorded_failure(host, stock):
+    import threading
+
+    host.pipe.scheduler.lock = threading.Lock()  # cannot be copied
+    try:
+        out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs())
+    finally:
+        del host.pipe.scheduler.lock
+    assert same(out.images, stock)
+    assert out.trajectories[0].turns[0].boundary == "encode"
+
+
+def test_interrupt_while_the_prompt_is_encoded_is_not_lost(host, monkeypatch):
+    original, seen = type(host.pipe).encode_prompt, []
+
+    def encode(*args, **kwargs):
+        if DOG in str(args[1:]) + str(kwargs):
+            host.pipe._interrupt = True
+        return original(*args, **kwargs)
+
+    def callback(pipe, i, t, kwargs):
+        seen.append(i)
+        return kwargs
+
+    monkeypatch.setattr(type(host.pipe), "encode_prompt", encode)
+    refiner = ScheduleRefiner({2: DOG})
+    out = attach(host.pipe)(CAT, refiner=refiner, refine_at="2, end", callback_on_step_end=callback, **host.kwargs())
+    assert seen == [0, 1, 2]
+    assert [t.step for t in out.trajectories[0].turns] == [2]  # what is not finished is not shown as finished
+
+
+def test_refiner_that_calls_the_pipeline_it_refines(host, stock):
+    def nested(view):
+        return str(host.pipe(DOG, **host.kwargs(num_inference_steps=3)).images.mean())
+
+    out = attach(host.pipe)(CAT, refiner=FunctionRefiner(nested), refine_at="2", **host.kwargs())
+    assert same(out.images, stock)
+    assert "the refiner called the pipeline that it refines" in out.trajectories[0].turns[0].error
+    assert clean(host.pipe)
+
+
+def test_failures_at_the_end_keep_the_image(host, stock):
+    def preview(pipe, x0):
+        raise MemoryError("VAE")
+
+    out = attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="end", preview=preview, **host.kwargs())
+    assert same(out.images, stock)
+    assert out.trajectories[0].turns[0].boundary == "preview"
+    for loop in ({"refiner": FunctionRefinerWithout()}, {"refiner": FunctionRefiner(lambda v: 1 / 0), "strict": True}):
+        with pytest.raises((ValueError, RefinerError)) as e:
+            attach(host.pipe)(CAT, refine_at="end", **loop, **host.kwargs())
+        assert same(e.value.output.images, stock)
+        assert e.value.trajectories[0].request == CAT
+
+
+def test_scheduler_whose_step_names_nothing(makers, monkeypatch):
+    """As a recording subclass may be written."""
+    from diffusers import DDIMScheduler
+
+    from .conftest import Maker
+
+    class Recording(DDIMScheduler):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    host = makers.setdefault("sd", Maker("sd"))
+    monkeypatch.setattr(host.pipe, "scheduler", Recording.from_config(host.pipe.scheduler.config))
+    out = attach(host.pipe)(CAT, refiner=NoOpRefiner(), refine_at="2", **host.kwargs())
+    assert (out.trajectories[0].turns[0].image, out.trajectories[0].turns[0].error) != (None, None)
+    assert out.trajectories[0].turns[0].error is None
+
+
+def test_flux_with_a_negative_prompt_that_equals_the_prompt(makers):
+    from .conftest import Maker
+
+    host = makers.setdefault("flux", Maker("flux"))
+    changes = {"negative_prompt": CAT, "true_cfg_scale": 4.0}
+    expected = host.pipe(DOG, **host.kwargs(**changes)).images
+    out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({0: DOG}), refine_at="start", **host.kwargs(**changes)).images
+    assert same(out, expected)
+
+
+def test_embeddings_that_belong_to_a_prompt_go_along_with_several_images(makers):
+    from .conftest import Maker
+
+    host = makers.setdefault("sd", Maker("sd"))
+    with torch.no_grad():
+        negative = host.pipe.encode_prompt(["ugly"] * 2, "cpu", 1, False)[0]
+    kwargs = {"num_images_per_prompt": 2, "negative_prompt_embeds": negative}
+    expected = host.pipe([DOG, CAT], **host.kwargs(1, 2, 3, 4, **kwargs)).images
+    refiner = FunctionRefiner(lambda v: {"a": DOG, "b": CAT}[v.request])
+    out = attach(host.pipe)(["a", "b"], refiner=refiner, refine_at="start", **host.kwargs(1, 2, 3, 4, **kwargs))
+    assert [t.failures for t in out.trajectories] == [[]] * 4
+    assert torch.allclose(out.images, expected, atol=1e-5)
+
+
+def test_control_net_is_fed_the_new_prompt(makers):
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    from .conftest import Maker
+
+    sd = makers.setdefault("sd", Maker("sd")).pipe
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(sd.unet, conditioning_embedding_out_channels=(8, 16)).eval()
+    for block in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
+        torch.nn.init.normal_(block.weight, 0, 0.1)  # zero at first, and then of no effect
+    pipe = StableDiffusionControlNetPipeline(**sd.components, controlnet=net, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = {"num_inference_steps": 3, "image": Image.new("RGB", (32, 32), "red"), "output_type": "latent"}
+
+    def generator():
+        return torch.Generator().manual_seed(0)
+
+    expected = pipe(DOG, generator=generator(), **kwargs).images
+    out = attach(pipe)(CAT, refiner=ScheduleRefiner({0: DOG}), refine_at="start", generator=generator(), **kwargs).images
+    assert same(out, expected)
+
+
+def test_image_to_image_takes_its_turns_in_the_steps_it_really_takes(makers):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    from .conftest import Maker
+
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(makers.setdefault("sd", Maker("sd")).pipe)
+    pipe.set_progress_bar_config(disable=True)
+    kwargs = {"image": Image.new("RGB", (32, 32), "red"), "strength": 0.5, "num_inference_steps": 8, "output_type": "latent"}
+    stock = pipe(CAT, generator=torch.Generator().manual_seed(0), **kwargs).images
+    views = []
+    refiner = FunctionRefiner(lambda v: views.append((v.step, v.num_steps)))
+    out = attach(pipe)(CAT, refiner=refiner, refine_at="50%, end", generator=torch.Generator().manual_seed(0), **kwargs).images
+    assert views == [(2, 4), (4, 4)]
+    assert same(out, stock)
+
+
+def test_attached_is_the_pipeline_to_whoever_reads_or_sets(host):
+    refiner = ScheduleRefiner({1: DOG})
+    loop = attach(host.pipe, refiner=refiner, refine_at="1")
+    again = attach(loop, strict=True)
+    assert again.defaults == {"refiner": refiner, "refine_at": "1", "strict": True}
+    assert loop.to("cpu") is loop
+    loop.mark = 1
+    assert host.pipe.mark == 1
+    del host.pipe.mark
+    seen = []
+
+    def callback(pipe, i, t, kwargs):
+        seen.append(i)
+        loop._interrupt = True
+        return kwargs
+
+    loop(CAT, callback_on_step_end=callback, **host.kwargs())
+    assert seen == [0]
+    import copy
+
+    assert copy.copy(loop).pipe is host.pipe
+    assert (
+        attach(host.pipe, prompt="unused")(CAT, refiner=NoOpRefiner(), refine_at="1", **host.kwargs()).trajectories[0].request
+        == CAT
+    )
+    with pytest.raises(ValueError, match="cannot read 'zzz'"):
+        attach(host.pipe, refine_at="zzz")
 
 
 def test_random_states_are_untouched(host):
@@ -374,11 +540,14 @@ NAMED = {
 
 def test_named_class(host, stock, tmp_path):
     cls = getattr(promptloop_pipeline, NAMED[host.name])
+    assert {"prompt", "num_inference_steps", "refiner", "refine_at"} <= set(inspect.signature(cls.__call__).parameters)
     pipe = cls.from_pipe(host.pipe)
     pipe.set_progress_bar_config(disable=True)
     assert same(pipe(CAT, **host.kwargs()).images, stock)
     expected = attach(host.pipe)(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images
     assert same(pipe(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images, expected)
+
+    assert same(attach(pipe)(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images, expected)
 
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)  # needs nothing of ours
