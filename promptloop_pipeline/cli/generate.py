@@ -57,9 +57,7 @@ def generate(
     else:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32 if device == "cpu" else torch.float16).to(
-            device
-        )
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32 if device == "cpu" else torch.float16).to(device)
     loop = attach(pipe, refiner=the_refiner, refine_at=refine_at, strict=strict)
     options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     generators = [torch.Generator().manual_seed(seed + k) for k in range(n)]

@@ -9,6 +9,8 @@ tiny.verify(image, "a big red ball on black, nothing else")
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +24,26 @@ WEIGHTS = Path(__file__).parent / "weights"
 GENERATORS = ("sd",)
 
 
-def load_pipeline(name: str = "sd", **kwargs: Any) -> Any:
-    """A generator of the embedded world, as the stock diffusers pipeline of its kind, in float32 unless `torch_dtype` says otherwise.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and notices of the libraries while something loads ("Expected types for vae": AutoencoderTiny is a documented use)."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    for module, _ in levels:
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+            module.enable_progress_bar()
+
+
+def load_pipeline(name: str = "sd") -> Any:
+    """A generator of the embedded world, as the stock diffusers pipeline of its kind, in float32 on the CPU.
 
     Raises ValueError for an unknown name.
     """
@@ -31,14 +51,9 @@ def load_pipeline(name: str = "sd", **kwargs: Any) -> Any:
         raise ValueError(f"there is no embedded generator {name!r}; there are: {', '.join(GENERATORS)}")
     import torch
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # "Expected types for vae": AutoencoderTiny is one of the uses that diffusers documents
-    try:
-        pipe = DiffusionPipeline.from_pretrained(WEIGHTS / name, **{"torch_dtype": torch.float32} | kwargs)
-    finally:
-        logging.set_verbosity(level)
+    with quiet():
+        pipe = DiffusionPipeline.from_pretrained(WEIGHTS / name).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

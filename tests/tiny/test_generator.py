@@ -18,7 +18,7 @@ def pipe():
 
 
 def test_it_is_a_stock_folder(pipe):
-    stock = DiffusionPipeline.from_pretrained(tiny.WEIGHTS / "sd", torch_dtype=torch.float32)
+    stock = DiffusionPipeline.from_pretrained(tiny.WEIGHTS / "sd", dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
     assert type(stock) is type(pipe) is StableDiffusionPipeline
     kwargs = {"num_inference_steps": 3, "output_type": "latent"}
