@@ -84,10 +84,9 @@ class Session:
             return None
         seconds: dict[str, float] = {}
         images: Sequence[Image | None] = [None] * len(self.trajectories)
-        boundary = "preview"
+        boundary, clock = "preview", time.perf_counter()
         try:
             if preview is not None:
-                clock = time.perf_counter()
                 images = _check_preview(preview(), len(images))
                 seconds["preview"] = time.perf_counter() - clock
             views = [
@@ -102,6 +101,7 @@ class Session:
                 raise
             if self.strict:
                 raise RefinerError(f"step {step}: the {boundary} failed: {type(e).__name__}: {e}") from e
+            seconds[boundary] = time.perf_counter() - clock
             answers = [Refinement(error=f"{type(e).__name__}: {e}")] * len(self.trajectories)
         else:
             _check_answers(answers, len(views), self.refiner)

@@ -72,6 +72,7 @@ def test_exceptions_are_recorded_and_the_prompt_is_kept():
     assert run(session, 3) == [("a",)] * 3
     assert [(t.error, t.boundary) for t in session.trajectories[0].turns] == [("TimeoutError: no answer in 5 s", "refiner")] * 2
     assert session.trajectories[0].image is not None
+    assert all(t.seconds["refiner"] >= 0 for t in session.trajectories[0].turns)  # a time-out is a cost too
 
 
 def test_a_failing_preview_is_its_own_boundary():

@@ -36,7 +36,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("promptloop: cancelled", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-if __name__ == "__main__":
-    main()

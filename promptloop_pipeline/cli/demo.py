@@ -33,7 +33,7 @@ def demo(
     start = time.perf_counter()
     from tqdm import tqdm
 
-    from ..evaluation.headroom import score
+    from ..evaluation.headroom import DENSE, LOOKS, score
     from ..evaluation.report import Arm, write_report
     from ..evaluation.run import paired_difference, run_arm
     from ..evaluation.sheet import contact_sheet
@@ -47,8 +47,8 @@ def demo(
     kinds: list[tuple[str, str, Any, str]] = [
         ("raw", "the user's words, as they are", NoOpRefiner(), "none"),
         ("single-shot", "rewritten once, before the first step, by the gold rewriter", SingleShotRefiner(), "start"),
-        ("blind schedule", "single-shot, then changed without looking", RotationRefiner("spread"), "start, 2, 4, 6, 8"),
-        ("closed loop", "single-shot, then repaired by an oracle that looks at the x0-estimate", OracleRefiner(), "start, 3, 5, 7, 9"),
+        ("blind schedule", "single-shot, then changed without looking", RotationRefiner("rows"), DENSE),
+        ("closed loop", "single-shot, then repaired by an oracle that looks at the x0-estimate", OracleRefiner(), LOOKS["look 2..11"]),
     ]  # fmt: skip
     arms, rows, figures = [], [], []
     with tqdm(total=len(kinds) * n, unit="image", leave=False) as bar:

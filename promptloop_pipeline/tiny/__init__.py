@@ -54,6 +54,7 @@ def load_pipeline(name: str = "sd") -> Any:
 
     with quiet():
         pipe = DiffusionPipeline.from_pretrained(WEIGHTS / name).to(torch.float32)
+    pipe.vae.to(memory_format=torch.channels_last)  # a quarter faster on CPUs
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -19,7 +19,7 @@ def promptloop(*args, cwd=None, **env):
     import os
 
     done = subprocess.run(
-        [sys.executable, "-m", "promptloop_pipeline.cli", *args],
+        [Path(sys.executable).with_name("promptloop"), *args],
         capture_output=True,
         text=True,
         check=False,
