@@ -57,6 +57,8 @@ class Refiner(Protocol):
     The same length out as in. Text, never tensors. Views are not to be changed. A failure of one sample is a
     `Refinement(error=...)`, not an exception; an exception counts as a failure of the whole batch. Either way the run goes
     on with the prompt it had, unless it is strict. Any object with this method will do; there is nothing to inherit.
+
+    An object with an attribute `looks` that is False is shown no pictures, and none are decoded for it.
     """
 
     def refine(self, views: Sequence[View]) -> list[Refinement]: ...

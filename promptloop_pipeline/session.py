@@ -76,7 +76,7 @@ class Session:
 
     def observe(self, step: int, sigma: float | None, preview: Callable[[], Sequence[Image]] | None) -> list[str] | None:
         """To be called before `step` is computed (and once with `num_steps`, after the end). `preview` decodes the x0-estimates
-        of the whole batch; it is called only when a turn is due, and is None at the start.
+        of the whole batch; it is called only when a turn is due and its refiner looks, and is None at the start.
 
         Returns the prompts for all samples when any of them changed, else None.
         """
@@ -86,7 +86,7 @@ class Session:
         images: Sequence[Image | None] = [None] * len(self.trajectories)
         boundary, clock = "preview", time.perf_counter()
         try:
-            if preview is not None:
+            if preview is not None and getattr(self.refiner, "looks", True):
                 images = _check_preview(preview(), len(images))
                 seconds["preview"] = time.perf_counter() - clock
             views = [

@@ -37,8 +37,10 @@ def test_prompts_change_from_the_turn_on():
 
 def test_preview_is_asked_for_only_when_due():
     asked = []
-    run(Session(["a"], NoOpRefiner(), "start, 2, 50%, end"), 8, asked)
+    run(Session(["a"], FunctionRefiner(lambda v: None), "start, 2, 50%, end"), 8, asked)
     assert asked == [2, 4]
+    run(Session(["a"], NoOpRefiner(), "start, 2, 50%, end"), 8, asked)
+    assert asked == [2, 4]  # it does not look
 
 
 def test_what_a_refiner_may_look_at():
@@ -79,7 +81,7 @@ def test_a_failing_preview_is_its_own_boundary():
     def preview():
         raise MemoryError("VAE")
 
-    session = Session(["a"], NoOpRefiner(), "1")
+    session = Session(["a"], FunctionRefiner(lambda v: "new"), "1")
     session.start(2)
     assert session.observe(1, 0.5, preview) is None
     assert session.trajectories[0].turns[0].boundary == "preview"

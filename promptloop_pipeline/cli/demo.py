@@ -21,7 +21,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for index.html, overview.png, trajectories.jsonl.")] = Path(
         "promptloop-demo"
     ),
-    n: Annotated[int, typer.Option(min=1, max=1000, help="How many prompts.")] = 16,
+    n: Annotated[int, typer.Option(min=1, max=1000, help="How many prompts.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:

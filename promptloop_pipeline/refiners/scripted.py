@@ -8,7 +8,9 @@ from ..refiner import Refinement, View
 
 
 class NoOpRefiner:
-    """Looks and keeps the prompt."""
+    """Keeps the prompt."""
+
+    looks = False
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         return [Refinement() for _ in views]
@@ -16,6 +18,8 @@ class NoOpRefiner:
 
 class ScheduleRefiner:
     """A blind schedule: `{step: prompt}`, the same for every sample; steps that are not named keep the prompt."""
+
+    looks = False
 
     def __init__(self, prompts: Mapping[int, str]) -> None:
         self.prompts = dict(prompts)

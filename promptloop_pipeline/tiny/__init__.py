@@ -30,16 +30,17 @@ def quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
-    for module, _ in levels:
+    before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (diffusers_logging, transformers_logging)]
+    for module, _, _ in before:
         module.set_verbosity_error()
         module.disable_progress_bar()
     try:
         yield
     finally:
-        for module, level in levels:
+        for module, level, bars in before:
             module.set_verbosity(level)
-            module.enable_progress_bar()
+            if bars:
+                module.enable_progress_bar()
 
 
 def load_pipeline(name: str = "sd") -> Any:

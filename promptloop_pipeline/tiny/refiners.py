@@ -29,6 +29,8 @@ def _planned(request: str) -> Spec:
 class SingleShotRefiner:
     """The gold caption at the start; then nothing more."""
 
+    looks = False
+
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         return [Refinement(single_shot(v.request)) if v.step == 0 else Refinement() for v in views]
 
@@ -71,6 +73,8 @@ class RotationRefiner:
     request). `terse` drops commas and background after the start, which makes room for one more clause than training ever
     had; `alone` drops the objects too and fills all slots with clauses. With `hold` the first choice `hold` stays throughout.
     """
+
+    looks = False
 
     def __init__(
         self, order: str = "rows", hold: int | None = None, terse: bool = False, alone: bool = False, from_start: bool = True
@@ -116,6 +120,8 @@ class RotationRefiner:
 class YokedRefiner:
     """Plays another request's looking history: `cells[request][turn]` are ranks among the free cells. It has the looker's
     statistics of when and how often, but not where."""
+
+    looks = False
 
     def __init__(self, ranks: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
         self.ranks = ranks

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from promptloop_pipeline import NoOpRefiner, attach, tiny
+from promptloop_pipeline import FunctionRefiner, NoOpRefiner, attach, tiny
 
 PROMPT = "large red circle top left , small blue square bottom right , black background"
 
@@ -26,13 +26,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pipe = tiny.load_pipeline("sd")
-    loop = attach(pipe, refiner=NoOpRefiner())
+    loop = attach(pipe, refiner=NoOpRefiner(), refine_at="20%, 50%, 80%")
+    looking = FunctionRefiner(lambda view: None)
     kinds = {
         "stock": lambda **k: pipe(**k),
         "stock again": lambda **k: pipe(**k),  # what the measurement itself is worth
-        "loop, no turn due": lambda **k: loop(refine_at="none", **k),
-        "loop, one look": lambda **k: loop(refine_at="50%", **k),
-        "loop, three looks": lambda **k: loop(refine_at="20%, 50%, 80%", **k),
+        "no-op refiner, three turns": lambda **k: loop(**k),
+        "looking no-op, one turn": lambda **k: loop(refiner=looking, refine_at="50%", **k),  # each look decodes a preview
+        "looking no-op, three turns": lambda **k: loop(refiner=looking, **k),
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for run in range(args.runs + 1):
