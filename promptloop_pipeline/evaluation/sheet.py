@@ -31,7 +31,7 @@ def contact_sheet(arms: Sequence[Arm], columns: int = 8, size: int = 112) -> Ima
             passed = t.scores.get("strict") == 1
             pen.rectangle((x, y, x + size + 2 * frame - 1, y + size + 2 * frame - 1), PASSED if passed else FAILED)
             if not passed:
-                for k in range(0, size + 2 * frame, 14):
+                for k in range(10, size, 14):
                     pen.rectangle((x + k, y, x + k + 6, y + size + 2 * frame - 1), PAPER)
                     pen.rectangle((x, y + k, x + size + 2 * frame - 1, y + k + 6), PAPER)
             if t.image is not None:
