@@ -547,7 +547,8 @@ NAMED = {
 def test_named_class(host, stock, tmp_path):
     cls = getattr(promptloop_pipeline, NAMED[host.name])
     assert {"prompt", "num_inference_steps", "refiner", "refine_at"} <= set(inspect.signature(cls.__call__).parameters)
-    pipe = cls.from_pipe(host.pipe)
+    # from_pipe takes no AutoencoderTiny where a class is annotated with AutoencoderKL, the stock ones neither
+    pipe = cls(**host.pipe.components, requires_safety_checker=False) if host.name == "embedded" else cls.from_pipe(host.pipe)
     pipe.set_progress_bar_config(disable=True)
     assert same(pipe(CAT, **host.kwargs()).images, stock)
     expected = attach(host.pipe)(CAT, refiner=ScheduleRefiner({2: DOG}), refine_at="2", **host.kwargs()).images
