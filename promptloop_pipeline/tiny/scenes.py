@@ -105,7 +105,8 @@ def _kind(o: Object) -> int:
 
 
 def held_out_pair(a: Object, b: Object) -> bool:
-    """One unordered pair of coloured shapes in eight never occurs together in training."""
+    """24 of the 276 pairs of coloured shapes never occur together in training, in any layout. They are pairs of one shape in two
+    colours (a red and a blue square); each shape and each colour is in some of them."""
     low, high = sorted((_kind(a), _kind(b)))
     return low != high and (5 * low + 3 * high) % 8 == 0
 
