@@ -12,7 +12,7 @@ def requests(n: int, split: str = "test", objects: int | None = 2, clean: bool =
     """`n` distinct requests in user language.
 
     split: "train", or "test", in which every request of two or more objects holds a pair of coloured shapes that is held out of
-        all training, and half of the words are held out too.
+        all training, and half of the words are held out too; or "any", whatever pairs there are in words of training.
     objects: 1 to 3, or None for a mixture. clean: whether nothing else may be in the picture.
     """
     rng = random.Random(f"{split}-{objects}-{clean}-{seed}")
