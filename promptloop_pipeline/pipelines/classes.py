@@ -81,6 +81,8 @@ class _PromptLoop:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):  # somebody's own
+            return
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             """The stock call, and `refiner`, `refine_at`, `preview`, `strict`, `cancel` as in `promptloop_pipeline.attach`."""

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 # What denoisers and control nets call what they are fed of the prompt. Bound by name, since some pipelines pass by position.
-NAMES = (  # the main one first
-    "encoder_hidden_states",
+NAMES = (
+    "encoder_hidden_states",  # the main one
     "encoder_attention_mask",
+    "encoder_hidden_states_mask",
+    "encoder_hidden_states_2",
+    "encoder_attention_mask_2",
     "pooled_projections",
     "txt_ids",
     "added_cond_kwargs",
@@ -45,6 +48,10 @@ class Conditioning:
         self._current: Slots | None = None
         self._previous: Slots | None = None
         self._identical: set[Path] = set()  # found as the very object in this step
+
+    @property
+    def has_prompt(self) -> bool:
+        return (NAMES[0],) in self.original
 
     def begin_turn(self) -> None:
         self._previous = self._current

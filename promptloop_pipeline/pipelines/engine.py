@@ -119,6 +119,11 @@ class Run:
                 )
             if self.calls == 0 and name not in self.conditioning:
                 self.conditioning[name] = Conditioning(named)
+                if not self.conditioning[name].has_prompt:
+                    raise TypeError(
+                        f"{type(self.pipe).__name__} is not supported: its {name} is not fed the prompt as encoder_hidden_states, "
+                        "so a refined prompt could not reach it"
+                    )
                 for update in self.awaited.pop(name, []):
                     self.conditioning[name].update(*update)
             self._begin()

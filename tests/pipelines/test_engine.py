@@ -613,6 +613,25 @@ def test_scheduler_without_x0_is_refused_before_anything_is_computed(makers, mon
     assert clean(host.pipe)
 
 
+def test_denoiser_that_is_fed_the_prompt_under_another_name_is_refused(makers, monkeypatch):
+    """A swap that reaches nothing must not be recorded as one."""
+    from .conftest import Maker
+
+    host = makers.setdefault("sd", Maker("sd"))
+
+    monkeypatch.setattr("promptloop_pipeline.pipelines.conditioning.NAMES", ("cap_feats",))
+    with pytest.raises(TypeError, match="StableDiffusionPipeline is not supported: its unet is not fed the prompt as"):
+        attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs())
+
+
+def test_subclass_with_a_call_of_its_own():
+    class Mine(promptloop_pipeline.PromptLoopStableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            return "mine"
+
+    assert Mine.__call__(None) == "mine"
+
+
 def test_missing_folder():
     with pytest.raises((OSError, ValueError), match="nowhere"):  # the library's own error
         promptloop_pipeline.PromptLoopStableDiffusionPipeline.from_pretrained("./nowhere/at/all")
