@@ -26,7 +26,7 @@ from ..refiner import Refiner
 from ..schedule import RefinementSchedule
 from ..session import Session
 from .conditioning import Conditioning, Slots, slots_of
-from .families import DENOISERS, MODULES, decode_preview, family_of
+from .families import DENOISERS, MODULES, decode_preview, family_of, stock_class
 from .x0 import noise_level, sampling_step, sampling_steps, x0_estimate
 
 if TYPE_CHECKING:
@@ -252,7 +252,10 @@ def run(
     Returns the stock output with `.trajectories` (with `return_dict=False`: the stock tuple and the trajectories as its last element).
     An exception that ends the run carries what was recorded as `.trajectories`, and the finished output, if there is one, as `.output`.
     """
-    bound = inspect.signature(MethodType(call, pipe)).bind(*args, **kwargs).arguments
+    signature = inspect.signature(MethodType(call, pipe))
+    if "prompt" not in signature.parameters:  # somebody's subclass, which hands everything on
+        signature = inspect.signature(MethodType(stock_class(pipe).__call__, pipe))
+    bound = signature.bind(*args, **kwargs).arguments
     kwargs = bound | bound.pop("kwargs", {})
     prompt = kwargs.get("prompt")
     if prompt is None:

@@ -632,6 +632,24 @@ def test_subclass_with_a_call_of_its_own():
     assert Mine.__call__(None) == "mine"
 
 
+def test_subclass_of_a_stock_class_that_hands_everything_on(makers):
+    from diffusers import StableDiffusionPipeline
+
+    from .conftest import Maker
+
+    host = makers.setdefault("sd", Maker("sd"))
+
+    class Theirs(StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    pipe = Theirs(**host.pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    expected = host.pipe(DOG, **host.kwargs()).images
+    out = attach(pipe)(CAT, refiner=ScheduleRefiner({0: DOG}), refine_at="start", **host.kwargs())
+    assert same(out.images, expected)
+
+
 def test_missing_folder():
     with pytest.raises((OSError, ValueError), match="nowhere"):  # the library's own error
         promptloop_pipeline.PromptLoopStableDiffusionPipeline.from_pretrained("./nowhere/at/all")
