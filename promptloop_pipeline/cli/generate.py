@@ -57,7 +57,14 @@ def generate(
     else:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32 if device == "cpu" else torch.float16).to(device)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32 if device == "cpu" else torch.float16)
+        except OSError as e:
+            raise OSError(
+                f'cannot load the model {model!r}: no such pipeline on the hub, or it cannot be reached; give a folder, a hub id, or "tiny" '
+                f"({type(e).__name__})"
+            ) from e
+        pipe.to(device)
     loop = attach(pipe, refiner=the_refiner, refine_at=refine_at, strict=strict)
     options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     generators = [torch.Generator().manual_seed(seed + k) for k in range(n)]

@@ -8,21 +8,24 @@ from typing import Any
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ..schedule import RefinementSchedule
-from .engine import DEFAULT_SCHEDULE, run
+from .engine import DEFAULT_SCHEDULE, named_arguments, run
 from .families import family_of, stock_class
 
 LOOP = {"refiner": None, "refine_at": DEFAULT_SCHEDULE, "preview": None, "strict": False, "cancel": ()}
 
 
+def _stock_call(pipe: Any) -> Any:
+    """The call that PromptLoop's own stands before, be it diffusers' or somebody's subclass; not bound."""
+    mro = type(pipe).__mro__
+    start = mro.index(_PromptLoop) + 1 if isinstance(pipe, _PromptLoop) else 0
+    return next(vars(c)["__call__"] for c in mro[start:] if "__call__" in vars(c))
+
+
 def _call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     loop = {k: kwargs.pop(k) for k in LOOP if k in kwargs}
-    # the class that PromptLoop's own call stands before, be it diffusers' or somebody's subclass
-    mro = type(pipe).__mro__
-    owner = next(c for c in mro[mro.index(_PromptLoop) + 1 if _PromptLoop in mro else 0 :] if "__call__" in vars(c))
-    call = vars(owner)["__call__"]
     if loop.get("refiner") is None:
-        return call(pipe, *args, **kwargs)
-    return run(pipe, call, args, kwargs, **loop)
+        return _stock_call(pipe)(pipe, *args, **kwargs)
+    return run(pipe, _stock_call(pipe), args, kwargs, **loop)
 
 
 class Attached:
@@ -35,8 +38,11 @@ class Attached:
         self.__dict__.update(pipe=pipe, defaults=defaults)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = list(inspect.signature(type(self.pipe).__call__).parameters)[1 : 1 + len(args)]
-        return _call(self.pipe, args, {k: v for k, v in self.defaults.items() if k not in given} | kwargs)
+        loop = {k: kwargs.pop(k) for k in LOOP if k in kwargs}
+        ours = isinstance(self.pipe, _PromptLoop)  # whose call knows of the loop, and may be somebody's own
+        call = type(self.pipe).__call__ if ours else _stock_call(self.pipe)
+        named = self.defaults | named_arguments(self.pipe, call, args, kwargs) | loop
+        return self.pipe(**named) if ours else _call(self.pipe, (), named)
 
     def to(self, *args: Any, **kwargs: Any) -> Attached:
         self.pipe.to(*args, **kwargs)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +31,6 @@ from .x0 import noise_level, sampling_step, sampling_steps, x0_estimate
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-logger = logging.getLogger("promptloop")
 DEFAULT_SCHEDULE = "20%, 50%, 80%"
 _NOT_PROBED = ("latents", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback")
 Call = Callable[..., Any]
@@ -235,6 +233,21 @@ def _num_calls(pipe: Any) -> int:
     return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
 
 
+def named_arguments(pipe: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline's call, all by name. A subclass's call that hands on what it is given is read as the stock one's.
+
+    Raises TypeError as the call itself would.
+    """
+    own = inspect.signature(MethodType(call, pipe))
+    signature, extra = own, {}
+    if "prompt" not in own.parameters or inspect.Parameter.VAR_POSITIONAL in {p.kind for p in own.parameters.values()}:
+        signature = inspect.signature(MethodType(stock_class(pipe).__call__, pipe))
+        extra = {k: v for k, v in kwargs.items() if k in own.parameters and k not in signature.parameters}
+    named = signature.bind(*args, **{k: v for k, v in kwargs.items() if k not in extra}).arguments
+    rest = next((p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    return named | named.pop(rest, {}) | extra
+
+
 def run(
     pipe: Any,
     call: Call,
@@ -252,11 +265,7 @@ def run(
     Returns the stock output with `.trajectories` (with `return_dict=False`: the stock tuple and the trajectories as its last element).
     An exception that ends the run carries what was recorded as `.trajectories`, and the finished output, if there is one, as `.output`.
     """
-    signature = inspect.signature(MethodType(call, pipe))
-    if "prompt" not in signature.parameters:  # somebody's subclass, which hands everything on
-        signature = inspect.signature(MethodType(stock_class(pipe).__call__, pipe))
-    bound = signature.bind(*args, **kwargs).arguments
-    kwargs = bound | bound.pop("kwargs", {})
+    kwargs = named_arguments(pipe, call, args, kwargs)
     prompt = kwargs.get("prompt")
     if prompt is None:
         raise ValueError("a refiner needs the prompt as text; give prompt=, not prompt_embeds=")

@@ -125,6 +125,12 @@ def test_bad_input_is_one_clear_line(run, args, message, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
+def test_model_that_is_nowhere(run, tmp_path):
+    code, _, err = run("generate", RED, "--model", "nobody/nothing", "--refiner", "none", "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert err.count("\n") == 1 and "cannot load the model 'nobody/nothing'" in err
+
+
 @pytest.mark.parametrize("command", [("demo",), ("generate", RED)])
 def test_folder_that_cannot_be_written(run, command, tmp_path):
     (tmp_path / "file").write_text("in the way")

@@ -2,6 +2,7 @@
 
 import inspect
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, HeunDiscreteScheduler, KDPM2DiscreteScheduler
@@ -632,22 +633,51 @@ def test_subclass_with_a_call_of_its_own():
     assert Mine.__call__(None) == "mine"
 
 
-def test_subclass_of_a_stock_class_that_hands_everything_on(makers):
-    from diffusers import StableDiffusionPipeline
+def _everything(self, *args, **kwargs):
+    return super(type(self), self).__call__(*args, **kwargs)
 
+
+def _options(self, prompt, **options):
+    return super(type(self), self).__call__(prompt, **options)
+
+
+def _rest(self, prompt, *rest, shout=False, **kwargs):
+    return super(type(self), self).__call__(prompt.upper() if shout else prompt, *rest, **kwargs)
+
+
+@pytest.mark.parametrize("call", [_everything, _options, _rest])
+@pytest.mark.parametrize("base", ["StableDiffusionPipeline", "PromptLoopStableDiffusionPipeline"])
+def test_subclass_that_hands_everything_on(call, base, makers):
+    from .conftest import Maker
+
+    host = makers.setdefault("sd", Maker("sd"))
+    parent = getattr(promptloop_pipeline if base.startswith("PromptLoop") else diffusers, base)
+    pipe = type("Theirs", (parent,), {"__call__": call})(**host.pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    expected = host.pipe(DOG, **host.kwargs()).images
+    loop = attach(pipe, refiner=ScheduleRefiner({0: DOG}), refine_at="start", height=64)
+    assert same(loop(CAT, **host.kwargs()).images, expected)
+    if call is not _options:  # which takes nothing else by position
+        kwargs = host.kwargs()
+        assert same(loop(CAT, kwargs.pop("height"), **kwargs).images, expected)  # wins over the default, though by position
+    if call is _rest:
+        shouted = host.pipe(CAT.upper(), **host.kwargs()).images
+        assert same(loop(CAT, refiner=None, shout=True, **host.kwargs()).images, shouted)
+
+
+def test_a_named_class_with_a_call_of_ones_own_is_attached_with_it(makers):
     from .conftest import Maker
 
     host = makers.setdefault("sd", Maker("sd"))
 
-    class Theirs(StableDiffusionPipeline):
-        def __call__(self, *args, **kwargs):
-            return super().__call__(*args, **kwargs)
+    class Mine(promptloop_pipeline.PromptLoopStableDiffusionPipeline):
+        def __call__(self, prompt, **kwargs):
+            return super().__call__("my own " + prompt, **kwargs)
 
-    pipe = Theirs(**host.pipe.components, requires_safety_checker=False)
+    pipe = Mine(**host.pipe.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    expected = host.pipe(DOG, **host.kwargs()).images
-    out = attach(pipe)(CAT, refiner=ScheduleRefiner({0: DOG}), refine_at="start", **host.kwargs())
-    assert same(out.images, expected)
+    out = attach(pipe)(CAT, refiner=NoOpRefiner(), refine_at="1", **host.kwargs())
+    assert out.trajectories[0].request == "my own " + CAT
 
 
 def test_missing_folder():
