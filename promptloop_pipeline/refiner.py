@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ class Refinement:
     """What a refiner answers for one view. `prompt` None keeps the prompt in use.
 
     reasoning: why, in words; never part of the prompt. raw: the model's whole output.
-    token_ids, logprobs: of the sampled output, in nats, for training; same length.
+    token_ids, logprobs: of the sampled output, in nats, for training; same length. tokens: how many there were, if known.
+    format_ok: whether the output had the form that was asked for; None where no form was. For format rewards.
+    notes: what a guard did to the answer, in words.
     error: what went wrong, if anything did; the prompt in use is then kept.
     """
 
@@ -48,6 +50,9 @@ class Refinement:
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     error: str | None = None
+    tokens: int | None = None
+    format_ok: bool | None = None
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -62,3 +67,23 @@ class Refiner(Protocol):
     """
 
     def refine(self, views: Sequence[View]) -> list[Refinement]: ...
+
+
+def check_answers(answers: object, expected: int, refiner: Refiner) -> None:
+    """A refiner that breaks its contract is a bug, not a failure of the run: it always raises."""
+    name = type(refiner).__name__
+    if not isinstance(answers, (list, tuple)) or len(answers) != expected:
+        got = f"{len(answers)} answers" if isinstance(answers, (list, tuple)) else type(answers).__name__
+        raise ValueError(
+            f"{name}.refine returned {got} for {expected} views; it must return a list with one Refinement for each view"
+        )
+    for a in answers:
+        if missing := [f.name for f in fields(Refinement) if not hasattr(a, f.name)]:
+            what = f"{type(a).__name__} {a!r:.80} (without {', '.join(missing)})"
+        elif not isinstance(a.prompt, str | None) or not isinstance(a.error, str | None):
+            what = f"a Refinement whose prompt is {type(a.prompt).__name__} and whose error is {type(a.error).__name__}"
+        else:
+            continue
+        raise TypeError(
+            f"{name}.refine returned {what}; each answer must be a Refinement whose prompt is text, or None to keep it"
+        )

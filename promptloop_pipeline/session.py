@@ -12,13 +12,13 @@ shows the x0-estimate to the refiner and hands back the prompts to go on with. E
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-from .refiner import Refinement, Refiner, View
+from .look import Look
+from .refiner import Refinement, Refiner
 from .schedule import RefinementSchedule
 from .trajectory import Trajectory, Turn
 
@@ -38,6 +38,10 @@ class Session:
     requests: the users' words, one for each sample.
     strict: a failing turn raises RefinerError; otherwise it is recorded, the prompt stays, and the run goes on.
     cancel: exception types by which the host stops a run; they always get through (KeyboardInterrupt does anyway).
+    fit: shortens a refined prompt to what the host's text encoders can hold; what it leaves out is noted.
+    apriori: all prompts are written before the first step, without pictures (PromptLoop's open-loop mode); "end" looks as ever.
+    asynchronous: the run goes on while the refiner thinks, and the answer acts from the first step after it has come; a number
+        waits that many steps, no more, no less. One question at a time: a turn that is due meanwhile is left out, and noted.
 
     Raises ValueError for no requests or an unreadable schedule, TypeError for a request that is not text or a refiner without `refine`.
     """
@@ -51,6 +55,9 @@ class Session:
         strict: bool = False,
         cancel: tuple[type[BaseException], ...] = (),
         meta: Sequence[dict[str, Any]] | None = None,
+        fit: Callable[[str], str] | None = None,
+        apriori: bool = False,
+        asynchronous: bool | int = False,
     ) -> None:
         if not requests:
             raise ValueError("the list of prompts is empty; give at least one prompt")
@@ -59,11 +66,16 @@ class Session:
         if isinstance(refiner, type) or not callable(getattr(refiner, "refine", None)):
             what = f"the class {refiner.__name__}" if isinstance(refiner, type) else type(refiner).__name__
             raise TypeError(f"{what} is no refiner: give an object with a method refine(views) -> list of Refinement")
-        self.refiner, self.strict, self.cancel = refiner, strict, cancel
+        if not isinstance(asynchronous, (bool, int)) or asynchronous < 0:
+            raise ValueError(f"asynchronous is {asynchronous!r}; use False, True, or a number of steps from 1 on")
+        self.refiner, self.strict, self.cancel, self.fit = refiner, strict, cancel, fit
+        self.apriori, self.asynchronous = apriori, asynchronous
         self.schedule = RefinementSchedule.parse(schedule)
         self.trajectories = [Trajectory(r, meta=dict(m)) for r, m in zip(requests, meta or [{}] * len(requests), strict=True)]
         self.num_steps = 0
         self.due: tuple[int, ...] = ()
+        self._planned: dict[int, list[Turn]] = {}  # a priori
+        self._waiting: Look | None = None  # asynchronous
 
     @property
     def prompts(self) -> list[str]:
@@ -73,6 +85,16 @@ class Session:
     def start(self, num_steps: int) -> None:
         """Raises ValueError when the schedule names a step beyond `num_steps`."""
         self.num_steps, self.due = num_steps, self.schedule.steps(num_steps)
+        for step in self.due if self.apriori else ():
+            if step < num_steps:
+                self._take(step, None, None)
+                self._planned[step] = [t.turns[-1] for t in self.trajectories]
+        for t in self.trajectories if self._planned else ():
+            del t.turns[-len(self._planned) :]
+
+    def wants(self, step: int) -> bool:
+        """Whether `observe` has anything to do at this step; the host may leave it uncalled otherwise."""
+        return step in self.due or self._waiting is not None
 
     def observe(self, step: int, sigma: float | None, preview: Callable[[], Sequence[Image]] | None) -> list[str] | None:
         """To be called before `step` is computed (and once with `num_steps`, after the end). `preview` decodes the x0-estimates
@@ -80,47 +102,62 @@ class Session:
 
         Returns the prompts for all samples when any of them changed, else None.
         """
-        if step not in self.due:
-            return None
-        seconds: dict[str, float] = {}
-        images: Sequence[Image | None] = [None] * len(self.trajectories)
-        boundary, clock = "preview", time.perf_counter()
-        try:
-            if preview is not None and getattr(self.refiner, "looks", True):
-                images = _check_preview(preview(), len(images))
-                seconds["preview"] = time.perf_counter() - clock
-            views = [
-                View(t.request, t.prompt, step, self.num_steps, sigma, image, tuple(t.turns))
-                for t, image in zip(self.trajectories, images, strict=True)
-            ]
-            boundary, clock = "refiner", time.perf_counter()
-            answers = self.refiner.refine(views)
-            seconds["refiner"] = time.perf_counter() - clock
-        except Exception as e:
-            if self.cancel and isinstance(e, self.cancel):
-                raise
+        before = self.prompts
+        if self._waiting and self._waiting.ready(step):
+            self._settle(self._waiting, step)
+        if step in self._planned:
+            for t, turn in zip(self.trajectories, self._planned[step], strict=True):
+                t.turns.append(turn)
+        elif step in self.due and self._waiting:
+            self._pass(step, sigma, f"left out: the refiner was still busy with step {self._waiting.step}")
+        elif step in self.due:
+            self._take(step, sigma, preview)
+        return self.prompts if self.prompts != before else None
+
+    def _take(self, step: int, sigma: float | None, preview: Callable[[], Sequence[Image]] | None) -> None:
+        look = Look(self.refiner, self.trajectories, step, self.num_steps, sigma)
+        look.see(preview)
+        if self.asynchronous and step < self.num_steps and look.error is None:
+            self._waiting = look
+            look.ask_aside(None if self.asynchronous is True else int(self.asynchronous))
+            return
+        look.ask()
+        self._settle(look, step)
+
+    def _settle(self, look: Look, step: int) -> None:
+        """Takes the answers: records them, and what comes of them, as one turn of each sample."""
+        self._waiting = None
+        answers, error = look.result(), look.error
+        if error is not None:
+            if self.cancel and isinstance(error, self.cancel):
+                raise error
             if self.strict:
-                raise RefinerError(f"step {step}: the {boundary} failed: {type(e).__name__}: {e}") from e
-            seconds[boundary] = time.perf_counter() - clock
-            answers = [Refinement(error=f"{type(e).__name__}: {e}")] * len(self.trajectories)
-        else:
-            _check_answers(answers, len(views), self.refiner)
-        for t, image, a in zip(self.trajectories, images, answers, strict=True):
-            error = a.error or (
+                raise RefinerError(f"step {look.step}: the {look.boundary} failed: {type(error).__name__}: {error}") from error
+        for t, image, a in zip(self.trajectories, look.images, answers, strict=True):
+            said = a.error or (
                 "the refiner answered with an empty prompt" if a.prompt is not None and not a.prompt.strip() else None
             )
-            if error and self.strict:
-                raise RefinerError(f"step {step}: {error}")
-            if error:
-                logger.warning("step %d: %s failed, the prompt is kept: %s", step, boundary, error)
-            after = t.prompt if error or a.prompt is None else a.prompt
+            if said and self.strict:
+                raise RefinerError(f"step {look.step}: {said}")
+            if said:
+                logger.warning("step %d: %s failed, the prompt is kept: %s", look.step, look.boundary, said)
+            after, notes = t.prompt if said or a.prompt is None else a.prompt, tuple(a.notes)
+            if self.fit and after != t.prompt and (fitting := self.fit(after)) != after:
+                notes += (
+                    f"too long for the text encoder, cut after {fitting[-40:]!r}; left out: {_left_out(after, fitting)!r}",
+                )
+                after = fitting
             t.turns.append(
                 Turn(
-                    step, self.num_steps, t.prompt, after, sigma, image, a.reasoning, a.raw, a.token_ids, a.logprobs,
-                    error, boundary if error else None, dict(seconds),
+                    look.step, self.num_steps, t.prompt, after, look.sigma, image, a.reasoning, a.raw, a.token_ids, a.logprobs,
+                    said, look.boundary if said else None, dict(look.seconds), a.tokens, a.format_ok, notes,
+                    applied=step if step != look.step else None,
                 )
             )  # fmt: skip
-        return self.prompts if any(t.turns[-1].changed for t in self.trajectories) else None
+
+    def _pass(self, step: int, sigma: float | None, note: str) -> None:
+        for t in self.trajectories:
+            t.turns.append(Turn(step, self.num_steps, t.prompt, t.prompt, sigma, notes=(note,)))
 
     def applied(self, seconds: float) -> None:
         """The host encoded the prompts of the last turn; `seconds` is what that took."""
@@ -152,6 +189,9 @@ class Session:
         """
         for t, image in zip(self.trajectories, images or repeat(None, len(self.trajectories)), strict=bool(images)):
             t.image = image
+        if self._waiting:
+            late, self._waiting = self._waiting, None
+            self._pass(late.step, late.sigma, "the refiner's answer came too late to act")
         if look and images:
             self.observe(self.num_steps, sigma, lambda: [image.copy() for image in images])  # the originals are the user's
         elif look and preview:
@@ -159,30 +199,5 @@ class Session:
         return self.trajectories
 
 
-def _check_preview(images: object, expected: int) -> Sequence[Image]:
-    if not isinstance(images, (list, tuple)) or len(images) != expected:
-        got = f"{len(images)} pictures" if isinstance(images, (list, tuple)) else type(images).__name__
-        raise ValueError(
-            f"the preview gave {got} for {expected} samples; it must give a list with one PIL image for each sample"
-        )
-    return images
-
-
-def _check_answers(answers: object, expected: int, refiner: Refiner) -> None:
-    """A refiner that breaks its contract is a bug, not a failure of the run: it always raises."""
-    name = type(refiner).__name__
-    if not isinstance(answers, (list, tuple)) or len(answers) != expected:
-        got = f"{len(answers)} answers" if isinstance(answers, (list, tuple)) else type(answers).__name__
-        raise ValueError(
-            f"{name}.refine returned {got} for {expected} views; it must return a list with one Refinement for each view"
-        )
-    for a in answers:
-        if missing := [f.name for f in fields(Refinement) if not hasattr(a, f.name)]:
-            what = f"{type(a).__name__} {a!r:.80} (without {', '.join(missing)})"
-        elif not isinstance(a.prompt, str | None) or not isinstance(a.error, str | None):
-            what = f"a Refinement whose prompt is {type(a.prompt).__name__} and whose error is {type(a.error).__name__}"
-        else:
-            continue
-        raise TypeError(
-            f"{name}.refine returned {what}; each answer must be a Refinement whose prompt is text, or None to keep it"
-        )
+def _left_out(long: str, short: str) -> str:
+    return long[len(short) :].strip(" ,;.") if long.startswith(short) else long

@@ -29,8 +29,10 @@ FILE = "trajectories.jsonl"
 class Turn:
     """One look. `before` and `after` are equal when the prompt was kept.
 
-    step, num_steps, sigma, image: as in `View`. error: why nothing was applied, if so, and `boundary` where: "preview",
-    "refiner", or "encode". seconds: what the turn cost, by part (preview, refiner, encode).
+    step, num_steps, sigma, image: as in `View`; the new prompt acts from `step` on, or from the later step `applied` on where the
+    run did not wait for the refiner. raw, token_ids, logprobs, tokens, format_ok: as in `Refinement`. notes: what guards did.
+    error: why nothing was applied, if so, and `boundary` where: "preview", "refiner", or "encode". seconds: what the turn cost,
+    by part (preview, refiner, encode); a batch is asked as one, so the parts are those of the whole batch.
     """
 
     step: int
@@ -46,6 +48,10 @@ class Turn:
     error: str | None = None
     boundary: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    tokens: int | None = None
+    format_ok: bool | None = None
+    notes: tuple[str, ...] = ()
+    applied: int | None = None
 
     @property
     def changed(self) -> bool:
@@ -55,13 +61,15 @@ class Turn:
 @dataclass
 class Trajectory:
     """One sample's generation. `image`: the finished picture, if there was one. `scores`: raw values by reward name, against
-    `request`. `meta`: whatever the host knows (pipeline, scheduler, seed, steps), JSON values only."""
+    `request`. `meta`: whatever the host knows (pipeline, scheduler, seed, steps), JSON values only. `others`: runs for the same
+    request that were made to choose from and not chosen (a gate's other arm, other rounds)."""
 
     request: str
     turns: list[Turn] = field(default_factory=list)
     image: Image | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    others: list[Trajectory] = field(default_factory=list)
     id: str = field(default_factory=lambda: uuid4().hex[:16])
 
     @property
@@ -86,9 +94,7 @@ def save(trajectories: Iterable[Trajectory], folder: str | Path) -> Path:
     try:
         (folder / "images").mkdir(parents=True, exist_ok=True)
         for t, record in records:
-            record["image"] = _write_image(t.image, folder, t.id)
-            for k, turn in enumerate(t.turns):
-                record["turns"][k]["image"] = _write_image(turn.image, folder, f"{t.id}-{k:02d}")
+            _write_images(t, record, folder)
             torn = (
                 file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
             )  # somebody was killed here
@@ -130,6 +136,14 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
 
 
+def _write_images(t: Trajectory, record: dict[str, Any], folder: Path) -> None:
+    record["image"] = _write_image(t.image, folder, t.id)
+    for k, turn in enumerate(t.turns):
+        record["turns"][k]["image"] = _write_image(turn.image, folder, f"{t.id}-{k:02d}")
+    for other, row in zip(t.others, record["others"], strict=True):
+        _write_images(other, row, folder)
+
+
 def _write_image(image: Image | None, folder: Path, stem: str) -> str | None:
     if image is None:
         return None
@@ -160,7 +174,10 @@ def _record(t: Trajectory) -> dict[str, Any]:
     if not re.fullmatch(r"[\w-]{1,64}", t.id):
         raise ValueError(f"the id {t.id!r} cannot name files; use 1 to 64 letters, digits, - and _")
     turns = [{f.name: getattr(turn, f.name) for f in fields(Turn) if f.name != "image"} for turn in t.turns]
-    return {"version": VERSION, "id": t.id, "request": t.request, "scores": t.scores, "meta": t.meta, "turns": turns}
+    others = [_record(other) for other in t.others]
+    return {
+        "version": VERSION, "id": t.id, "request": t.request, "scores": t.scores, "meta": t.meta, "turns": turns, "others": others,
+    }  # fmt: skip
 
 
 def _from_record(record: dict[str, Any], folder: Path) -> Trajectory:
@@ -175,8 +192,10 @@ def _from_record(record: dict[str, Any], folder: Path) -> Trajectory:
         turn = Turn(**{k: v for k, v in row.items() if k in names})
         ids = None if turn.token_ids is None else tuple(turn.token_ids)
         logprobs = None if turn.logprobs is None else tuple(turn.logprobs)
-        turns.append(replace(turn, image=_read_image(row.get("image"), folder), token_ids=ids, logprobs=logprobs))
+        image = _read_image(row.get("image"), folder)
+        turns.append(replace(turn, image=image, token_ids=ids, logprobs=logprobs, notes=tuple(turn.notes)))
     if not isinstance(record["request"], str):
         raise ValueError(f"the request is {type(record['request']).__name__}, not text")
     known = {k: record[k] for k in ("scores", "meta", "id") if k in record}
-    return Trajectory(record["request"], turns, _read_image(record.get("image"), folder), **known)
+    others = [_from_record(other, folder) for other in record.get("others", [])]
+    return Trajectory(record["request"], turns, _read_image(record.get("image"), folder), **known, others=others)

@@ -11,7 +11,10 @@ from ..schedule import RefinementSchedule
 from .engine import DEFAULT_SCHEDULE, named_arguments, run
 from .families import family_of, stock_class
 
-LOOP = {"refiner": None, "refine_at": DEFAULT_SCHEDULE, "preview": None, "strict": False, "cancel": ()}
+LOOP = {
+    "refiner": None, "refine_at": DEFAULT_SCHEDULE, "preview": None, "strict": False, "cancel": (), "trim": True, "apriori": False,
+    "asynchronous": False,
+}  # fmt: skip
 
 
 def _stock_call(pipe: Any) -> Any:
@@ -72,6 +75,11 @@ def attach(pipe: Any, **defaults: Any) -> Attached:
         (pipe, x0) -> PIL images.
     strict: raise when a turn fails, instead of keeping the prompt and recording the failure.
     cancel: exception types by which a host stops a run from inside a refiner; they are never taken for a failure.
+    trim: cut a refined prompt that the text encoders cannot hold, at a clause boundary, and note it; the encoders would cut it anyway,
+        but anywhere, and silently.
+    apriori: let the refiner write all prompts before the first step, without pictures (PromptLoop's open-loop mode).
+    asynchronous: go on sampling while the refiner thinks; True applies the answer at the first step after it came, a number that
+        many steps later.
 
     Raises TypeError for a pipeline that the loop cannot work with, ValueError for an unreadable schedule.
     """
@@ -91,7 +99,7 @@ class _PromptLoop:
             return
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            """The stock call, and `refiner`, `refine_at`, `preview`, `strict`, `cancel` as in `promptloop_pipeline.attach`."""
+            """The stock call, and `refiner` and the loop's other arguments as in `promptloop_pipeline.attach`."""
             return _call(self, args, kwargs)
 
         stock = inspect.signature(super().__call__)  # type: ignore[misc]

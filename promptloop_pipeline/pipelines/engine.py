@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from ..refiner import Refiner
 from ..schedule import RefinementSchedule
 from ..session import Session
+from .budget import fit_to
 from .conditioning import Conditioning, Slots, slots_of
 from .families import DENOISERS, MODULES, decode_preview, family_of, stock_class
 from .x0 import noise_level, sampling_step, sampling_steps, x0_estimate
@@ -51,6 +53,7 @@ class Run:
         self.awaited: dict[str, list[tuple[Slots, int, set[int]]]] = {}  # updates of modules that are not met yet, at the start
         self.calls = 0  # of scheduler.step, finished
         self.step = -1  # the sampling step at hand
+        self.thread = threading.get_ident()
         self.turning = False  # whether the refiner is at work
         self.pending = False  # whether a swap has yet to be felt
         self.probed: dict[str, Slots] | None = None  # by module, while a probe is under way
@@ -111,7 +114,7 @@ class Run:
                 if name in DENOISERS:
                     raise _Stop
                 return None
-            if self.turning:
+            if self.turning or threading.get_ident() != self.thread:
                 raise RuntimeError(
                     "the refiner called the pipeline that it refines; give it one of its own: PipelineClass.from_pipe(pipe)"
                 )
@@ -142,15 +145,15 @@ class Run:
         for conditioning in self.conditioning.values():
             conditioning.begin_step()
         scheduler = self.pipe.scheduler
-        if step == 0:
-            self.session.start(sampling_steps(scheduler, _num_calls(self.pipe)))
-            if any(0 < due < self.session.num_steps for due in self.session.due):
-                noise_level(scheduler, scheduler.timesteps[0])  # a scheduler without x0 says so now, not midway
-        if step not in self.session.due:
-            return
         before, state = self.session.prompts, dict(vars(scheduler))
         self.turning = True
         try:
+            if step == 0:
+                self.session.start(sampling_steps(scheduler, _num_calls(self.pipe)))
+                if any(0 < due < self.session.num_steps for due in self.session.due):
+                    noise_level(scheduler, scheduler.timesteps[0])  # a scheduler without x0 says so now, not midway
+            if not self.session.wants(step):
+                return
             prompts = self.session.observe(step, self.sigma, self.decode if step else None)
         finally:
             self.turning = False
@@ -244,7 +247,7 @@ def named_arguments(pipe: Any, call: Call, args: tuple[Any, ...], kwargs: dict[s
         signature = inspect.signature(MethodType(stock_class(pipe).__call__, pipe))
         extra = {k: v for k, v in kwargs.items() if k in own.parameters and k not in signature.parameters}
     named = signature.bind(*args, **{k: v for k, v in kwargs.items() if k not in extra}).arguments
-    rest = next((p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    rest = next((p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), "")
     return named | named.pop(rest, {}) | extra
 
 
@@ -259,6 +262,9 @@ def run(
     preview: Any = None,
     strict: bool = False,
     cancel: tuple[type[BaseException], ...] = (),
+    trim: bool = True,
+    apriori: bool = False,
+    asynchronous: bool | int = False,
 ) -> Any:
     """Calls a stock pipeline with a refiner; what `attach` and the named classes do. `call` is the stock class's `__call__`.
 
@@ -276,7 +282,10 @@ def run(
     prompts = prompt if isinstance(prompt, list) else [prompt]
     n = kwargs.get("num_images_per_prompt") or 1
     requests = [text for text in prompts for _ in range(n)]
-    session = Session(requests, refiner, refine_at, strict=strict, cancel=cancel, meta=_meta(pipe, kwargs, len(requests)))
+    session = Session(
+        requests, refiner, refine_at, strict=strict, cancel=cancel, meta=_meta(pipe, kwargs, len(requests)),
+        fit=fit_to(pipe, kwargs) if trim else None, apriori=apriori, asynchronous=asynchronous,
+    )  # fmt: skip
     this = Run(pipe, call, session, kwargs, preview)
     output = None
     try:

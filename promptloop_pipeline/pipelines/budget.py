@@ -1,0 +1,54 @@
+"""How much of a prompt a pipeline's text encoders can hold, by its own tokenizers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+_BOUNDARY = re.compile(r"[,;.!?\n\u3001\u3002\uff0c\uff1b]")  # a clause ends before one of these
+
+
+def token_limits(pipe: Any, kwargs: dict[str, Any]) -> list[tuple[Any, int]]:
+    """(tokenizer, most tokens that it passes on) of each text encoder that is there. CLIP has a window of its own; T5 and language
+    models take the call's `max_sequence_length`."""
+    default = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    asked = kwargs.get("max_sequence_length") or (default.default if default is not None else None)
+    found = []
+    for suffix in ("", "_2", "_3", "_4"):
+        tokenizer, encoder = (getattr(pipe, name + suffix, None) for name in ("tokenizer", "text_encoder"))
+        if tokenizer is None or encoder is None:
+            continue
+        own = getattr(tokenizer, "model_max_length", None)
+        limit = own if "CLIP" in type(encoder).__name__ else asked or own
+        if isinstance(limit, int) and limit < 100_000:  # tokenizers without a limit say 1e30
+            found.append((tokenizer, limit))
+    return found
+
+
+def fit_to(pipe: Any, kwargs: dict[str, Any]) -> Callable[[str], str]:
+    """A function that cuts a prompt so that at least one of the encoders holds all of it: at the last clause boundary that fits, else
+    at the last word. Where a long encoder stands beside CLIP, as in FLUX, CLIP's part is a summary and may be cut."""
+    limits = token_limits(pipe, kwargs)
+
+    def fits(text: str) -> bool:
+        return not limits or any(len(tokenizer(text, verbose=False).input_ids) <= limit for tokenizer, limit in limits)
+
+    def fit(prompt: str) -> str:
+        if fits(prompt):
+            return prompt
+        for ends in (
+            [m.start() for m in _BOUNDARY.finditer(prompt)],
+            [m.start() for m in re.finditer(r"\s", prompt)],
+            range(len(prompt)),
+        ):
+            low, high = 0, len(ends)  # the first `low` ends fit
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if fits(prompt[: ends[middle - 1]]) else (low, middle - 1)
+            if low and (cut := prompt[: ends[low - 1]].rstrip()):
+                return cut
+        return prompt  # not even one character fits
+
+    return fit
