@@ -18,7 +18,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from .look import Look
-from .refiner import Refinement, Refiner
+from .refiner import Refiner
 from .schedule import RefinementSchedule
 from .trajectory import Trajectory, Turn
 

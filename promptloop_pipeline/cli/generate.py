@@ -61,8 +61,8 @@ def generate(
             pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32 if device == "cpu" else torch.float16)
         except OSError as e:
             raise OSError(
-                f'cannot load the model {model!r}: no such pipeline on the hub, or it cannot be reached; give a folder, a hub id, or "tiny" '
-                f"({type(e).__name__})"
+                f"cannot load the model {model!r}: no such pipeline on the hub, or it cannot be reached ({type(e).__name__}); "
+                'give a folder, a hub id, or "tiny"'
             ) from e
         pipe.to(device)
     loop = attach(pipe, refiner=the_refiner, refine_at=refine_at, strict=strict)

@@ -13,7 +13,7 @@ from promptloop_pipeline import FunctionRefiner, NoOpRefiner, RefinerError, Sche
 
 from .factories import BETAS
 
-CAT, DOG = "a red cat", "a completely different blue dog, and a longer prompt"
+CAT, DOG = "a red cat", "one blue dog, and a wet cat"
 
 
 LOOKING = FunctionRefiner(lambda view: None)  # a no-op that is shown pictures
