@@ -19,9 +19,11 @@ class Look:
     """One for a whole batch. `error` and `boundary` tell what failed and where; `seconds` what each part took."""
 
     def __init__(
-        self, refiner: Refiner, trajectories: Sequence[Trajectory], step: int, num_steps: int, sigma: float | None
-    ) -> None:
+        self, refiner: Refiner, trajectories: Sequence[Trajectory], sources: Sequence[Image | None], step: int, num_steps: int,
+        sigma: float | None,
+    ) -> None:  # fmt: skip
         self.refiner, self.trajectories, self.step, self.num_steps, self.sigma = refiner, trajectories, step, num_steps, sigma
+        self.sources = sources
         self.images: Sequence[Image | None] = [None] * len(trajectories)
         self.boundary = "preview"
         self.seconds: dict[str, float] = {}
@@ -91,8 +93,8 @@ class Look:
 
     def _views(self) -> list[View]:
         return [
-            View(t.request, t.prompt, self.step, self.num_steps, self.sigma, image, tuple(t.turns))
-            for t, image in zip(self.trajectories, self.images, strict=True)
+            View(t.request, t.prompt, self.step, self.num_steps, self.sigma, image, tuple(t.turns), source)
+            for t, image, source in zip(self.trajectories, self.images, self.sources, strict=True)
         ]
 
 

@@ -21,6 +21,7 @@ class View:
     step, num_steps: the new prompt acts from `step` on, 0 <= step <= num_steps; at num_steps the image is finished.
     sigma: noise level of `image`'s x0-estimate; in [0, 1] for flow matching, noise over signal otherwise; None at the start.
     image: RGB preview of the x0-estimate; None at the start.
+    source: the picture that an image-to-image run starts from, if there is one.
     turns: earlier turns of this sample, oldest first.
     """
 
@@ -31,6 +32,7 @@ class View:
     sigma: float | None = None
     image: Image | None = None
     turns: tuple[Turn, ...] = ()
+    source: Image | None = None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Session:
     requests: the users' words, one for each sample.
     strict: a failing turn raises RefinerError; otherwise it is recorded, the prompt stays, and the run goes on.
     cancel: exception types by which the host stops a run; they always get through (KeyboardInterrupt does anyway).
+    sources: the pictures that an image-to-image run starts from, for the refiner to see.
     fit: shortens a refined prompt to what the host's text encoders can hold; what it leaves out is noted.
     apriori: all prompts are written before the first step, without pictures (PromptLoop's open-loop mode); "end" looks as ever.
     asynchronous: the run goes on while the refiner thinks, and the answer acts from the first step after it has come; a number
@@ -55,6 +56,7 @@ class Session:
         strict: bool = False,
         cancel: tuple[type[BaseException], ...] = (),
         meta: Sequence[dict[str, Any]] | None = None,
+        sources: Sequence[Image | None] | None = None,
         fit: Callable[[str], str] | None = None,
         apriori: bool = False,
         asynchronous: bool | int = False,
@@ -72,6 +74,7 @@ class Session:
         self.apriori, self.asynchronous = apriori, asynchronous
         self.schedule = RefinementSchedule.parse(schedule)
         self.trajectories = [Trajectory(r, meta=dict(m)) for r, m in zip(requests, meta or [{}] * len(requests), strict=True)]
+        self.sources = sources or [None] * len(requests)
         self.num_steps = 0
         self.due: tuple[int, ...] = ()
         self._planned: dict[int, list[Turn]] = {}  # a priori
@@ -115,7 +118,7 @@ class Session:
         return self.prompts if self.prompts != before else None
 
     def _take(self, step: int, sigma: float | None, preview: Callable[[], Sequence[Image]] | None) -> None:
-        look = Look(self.refiner, self.trajectories, step, self.num_steps, sigma)
+        look = Look(self.refiner, self.trajectories, self.sources, step, self.num_steps, sigma)
         look.see(preview)
         if self.asynchronous and step < self.num_steps and look.error is None:
             self._waiting = look

@@ -1,0 +1,119 @@
+"""The refiner that is a language model: a template says what it is asked, a chat model answers, parsing takes the prompt out.
+
+A vision-language model in the loop (PromptLoop), a single-shot rewriter (RePrompt, PromptEnhancer, Promptist) and an edit-instruction
+rewriter (PromptRL) are this one class with different templates; local weights or a server are different chat models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..refiner import Refinement, View
+from .chat import ChatModel, Completion, Sampling
+from .parsing import parse_answer
+from .template import Template, load_template
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 448 * 448
+_SAMPLING = frozenset(f.name for f in fields(Sampling))
+
+
+class MLLMRefiner:
+    """chat: the model, local (`TransformersChat`) or behind an endpoint (`EndpointChat`); see `from_pretrained`, `from_endpoint`.
+
+    template: the name of one of `refiners/templates/`, or the path of one's own. The default, "repair", is for models that were not
+        trained for this: they change only what is missing or wrong (an untrained model that rewrites freely makes images worse,
+        arXiv 2510.00430). "rewrite" is for trained ones.
+    max_pixels: a larger picture is scaled down to this many, width times height, before the model sees it.
+    sampling: fields of `chat.Sampling`: max_new_tokens, temperature, top_p, num_beams, length_penalty, seed. Greedy by default. The
+        random state of the run is never touched; two calls at the same step with the same seed sample the same.
+
+    Raises FileNotFoundError or ValueError for a template that cannot be used, TypeError for an unknown option.
+    """
+
+    def __init__(
+        self, chat: ChatModel, template: str | Path | Template = "repair", *, max_pixels: int = MAX_PIXELS, **sampling: Any
+    ) -> None:
+        if unknown := set(sampling) - _SAMPLING:
+            raise TypeError(f"unknown option {sorted(unknown)[0]!r}; use max_pixels, {', '.join(sorted(_SAMPLING))}")
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels is {max_pixels}; use 1 or more, for example {MAX_PIXELS}")
+        self.chat, self.template, self.max_pixels = chat, load_template(template), max_pixels
+        self.sampling = Sampling(**(self.template.sampling | sampling))
+        if self.template.shows and not chat.sees:
+            raise ValueError(
+                f"the template {self.template.name!r} shows pictures, and {chat!r} takes text only; "
+                'use a vision-language model, or a template for text such as "reprompt"'
+            )
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, template: str | Path | Template = "repair", **options: Any) -> MLLMRefiner:
+        """A hub id or a folder, of a vision-language model or (with a template for text) a language model.
+
+        options: those of this class, of `TransformersChat.from_pretrained` (dtype, device, quantization, adapter, ...), or of the
+        model's own `from_pretrained`.
+        """
+        from .transformers_chat import TransformersChat
+
+        own, rest = _split(options)
+        return cls(TransformersChat.from_pretrained(model, **rest), load_template(template), **own)
+
+    @classmethod
+    def from_endpoint(
+        cls, url: str, model: str | None = None, template: str | Path | Template = "repair", **options: Any
+    ) -> MLLMRefiner:
+        """Any OpenAI-style server: vLLM, Ollama, LM Studio, llama.cpp. options: those of this class or of `EndpointChat`."""
+        from .endpoint import EndpointChat
+
+        own, rest = _split(options)
+        return cls(EndpointChat(url, model, **rest), load_template(template), **own)
+
+    @property
+    def looks(self) -> bool:
+        return self.template.looks
+
+    @property
+    def on_token(self) -> Callable[[], None] | None:
+        """Called after each token (or often, while a server works). What it raises stops the model at once and gets through."""
+        return getattr(self.chat, "on_token", None)
+
+    @on_token.setter
+    def on_token(self, function: Callable[[], None] | None) -> None:
+        self.chat.on_token = function  # type: ignore[attr-defined]
+
+    def refine(self, views: Sequence[View]) -> list[Refinement]:
+        asked = [self.template.conversation(v, self._sized(v.image), self._sized(v.source)) for v in views]
+        conversations = [c for c in asked if c is not None]
+        step = views[0].step if views else 0
+        sampling = replace(self.sampling, seed=self.sampling.seed * 1_000_003 + step)  # turns of a run draw noise of their own
+        answers = iter(self.chat.generate(conversations, sampling) if conversations else [])
+        return [Refinement() if c is None else self._read(next(answers)) for c in asked]
+
+    def _read(self, said: Completion) -> Refinement:
+        found = {"raw": said.text, "token_ids": said.token_ids, "logprobs": said.logprobs, "tokens": said.tokens}
+        if said.error:
+            return Refinement(error=said.error, format_ok=False, **found)
+        parsed = parse_answer(said.text, self.template.tags)
+        return Refinement(parsed.prompt, parsed.reasoning, error=parsed.error, format_ok=parsed.format_ok, **found)
+
+    def _sized(self, image: Image | None) -> Image | None:
+        if image is None:
+            return None
+        image = image.convert("RGB")
+        share = (self.max_pixels / (image.width * image.height)) ** 0.5
+        if share >= 1:
+            return image
+        return image.resize((max(int(image.width * share), 1), max(int(image.height * share), 1)))
+
+    def __repr__(self) -> str:
+        return f"MLLMRefiner({self.chat!r}, template={self.template.name!r})"
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    own = {k: v for k, v in options.items() if k in _SAMPLING or k == "max_pixels"}
+    return own, {k: v for k, v in options.items() if k not in own}
