@@ -90,12 +90,17 @@ class MLLMRefiner:
         asked = [self.template.conversation(v, self._sized(v.image), self._sized(v.source)) for v in views]
         conversations = [c for c in asked if c is not None]
         step = views[0].step if views else 0
-        sampling = replace(self.sampling, seed=self.sampling.seed * 1_000_003 + step)  # turns of a run draw noise of their own
+        sampling = replace(self.sampling, seed=self.sampling.seed * 1009 + step)  # turns of a run draw noise of their own
         answers = iter(self.chat.generate(conversations, sampling) if conversations else [])
         return [Refinement() if c is None else self._read(next(answers)) for c in asked]
 
     def _read(self, said: Completion) -> Refinement:
-        found = {"raw": said.text, "token_ids": said.token_ids, "logprobs": said.logprobs, "tokens": said.tokens}
+        found: dict[str, Any] = {
+            "raw": said.text,
+            "token_ids": said.token_ids,
+            "logprobs": said.logprobs,
+            "tokens": said.tokens,
+        }
         if said.error:
             return Refinement(error=said.error, format_ok=False, **found)
         parsed = parse_answer(said.text, self.template.tags)

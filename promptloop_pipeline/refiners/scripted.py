@@ -17,15 +17,30 @@ class NoOpRefiner:
 
 
 class ScheduleRefiner:
-    """A blind schedule: `{step: prompt}`, the same for every sample; steps that are not named keep the prompt."""
+    """A blind schedule: `{step: prompt}`, the same for every sample, or a list of such, one for each sample of the batch; steps that
+    are not named keep the prompt. With a run's `prompt_schedule` it makes that run again."""
 
     looks = False
 
-    def __init__(self, prompts: Mapping[int, str]) -> None:
-        self.prompts = dict(prompts)
+    def __init__(self, prompts: Mapping[int, str] | Sequence[Mapping[int, str]]) -> None:
+        self.prompts = dict(prompts) if isinstance(prompts, Mapping) else [dict(p) for p in prompts]
+
+    @property
+    def refine_at(self) -> str:
+        """Its steps as the text of a `RefinementSchedule`: "start, 6, 12"."""
+        each = [self.prompts] if isinstance(self.prompts, dict) else self.prompts
+        steps = sorted({step for prompts in each for step in prompts})
+        return ", ".join("start" if step == 0 else str(step) for step in steps) or "none"
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
-        return [Refinement(self.prompts.get(v.step)) for v in views]
+        """Raises ValueError when there is a list of schedules and it is not as long as the batch."""
+        each = [self.prompts] * len(views) if isinstance(self.prompts, dict) else self.prompts
+        if len(each) != len(views):
+            raise ValueError(
+                f"ScheduleRefiner has {len(each)} schedules for a batch of {len(views)} samples; "
+                "give one {step: prompt} for each sample, or a single one for all"
+            )
+        return [Refinement(prompts.get(v.step)) for v, prompts in zip(views, each)]
 
 
 class FunctionRefiner:

@@ -100,8 +100,9 @@ def parse_template(text: str, name: str, where: str) -> Template:
     lines = [line for line in head.splitlines() if line.strip()]
     if not lines or not lines[0].startswith("Source:"):
         raise ValueError(f'{where}: the first line must say where the template comes from, as "Source: ..."')
-    kinds = {f.name: type(f.default) for f in fields(Sampling)}
-    tags, sampling = True, {}
+    kinds: dict[str, type] = {f.name: type(getattr(Sampling(), f.name)) for f in fields(Sampling)}
+    tags = True
+    sampling: dict[str, Any] = {}
     for line in lines[1:]:
         key, _, value = (part.strip() for part in line.partition(":"))
         if key == "answer" and value in ("tags", "text"):

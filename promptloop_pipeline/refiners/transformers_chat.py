@@ -8,6 +8,7 @@ another thread.
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from .chat import Completion, Conversation, Sampling
 
 QUANTIZATION = ("4bit", "8bit")
+_WHERE: tuple[str, ...] = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 
 
 class TransformersChat:
@@ -61,9 +63,10 @@ class TransformersChat:
     ) -> TransformersChat:  # fmt: skip
         """name: a hub id or a folder; that of a PEFT adapter loads its base model too.
 
-        dtype: a torch dtype or its name; default: as saved, float32 on a CPU. device: "cuda", "cpu", "auto" (accelerate spreads the
-        model), ...; default: the best there is. quantization: "4bit" or "8bit" (bitsandbytes), or a quantization config. adapter: a
-        PEFT folder or hub id. options: to the model's own `from_pretrained`. Code from the hub is never run unless `trust_remote_code=True`.
+        dtype: a torch dtype or its name; default: as saved, float32 on a CPU. device: "cuda", "cpu", "auto" (accelerate spreads
+        the model), ...; default: the best there is. quantization: "4bit" or "8bit" (bitsandbytes), or a quantization config.
+        adapter: a PEFT folder or hub id. options: to the model's own `from_pretrained`. Code from the hub is never run unless
+        `trust_remote_code=True`.
 
         Raises OSError for what is not there, ValueError for what cannot be used, ImportError saying what to install.
         """
@@ -92,7 +95,7 @@ class TransformersChat:
         return cls(model.eval(), processor, logprobs=logprobs, batch_size=batch_size, template_kwargs=template_kwargs)
 
     def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
-        """One batched `generate` for conversations of one kind (with as many pictures, of text to be continued); rows are padded on the left."""
+        """One batched `generate` for all conversations of one kind (as many pictures; text to be continued), padded on the left."""
         done: list[Completion | None] = [None] * len(conversations)
         kinds: dict[Any, list[int]] = {}
         for k, conversation in enumerate(conversations):
@@ -156,10 +159,19 @@ class TransformersChat:
         return {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
 
     def _templated(self, messages: list[list[dict[str, Any]]]) -> Any:
-        return self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True,
+        apply = self.processor.apply_chat_template
+        padding: dict[str, Any] = {"padding": True}
+        if "processor_kwargs" in inspect.signature(apply).parameters:  # transformers 5, processors only
+            padding = {"processor_kwargs": padding}
+        return apply(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **padding,
             **self.template_kwargs,
-        )  # fmt: skip
+        )
 
     def _messages(self, conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """With the model's own special tokens taken out of what users and models wrote; as plain text where it takes text only."""
@@ -281,7 +293,7 @@ def _processor(name: str, where: dict[str, Any]) -> tuple[bool, Any]:
         return sees, (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, **where)
     except OSError as e:
         raise OSError(
-            f"cannot load the refiner {name!r}: no such model on the hub or in a folder, or the hub cannot be reached ({_first_line(e)})"
+            f"cannot load the refiner {name!r}: no such model in a folder or on the hub, or no way to reach it ({_first_line(e)})"
         ) from e
     except (ImportError, AttributeError) as e:  # a processor with a video part, without torchvision: AttributeError
         raise ImportError(
@@ -306,7 +318,7 @@ def _with_adapter(model: Any, adapter: str | Path) -> Any:
     try:
         from peft import PeftModel
     except ImportError as e:
-        raise ImportError("an adapter needs peft: pip install peft") from e
+        raise ImportError('an adapter needs peft: pip install "promptloop[adapters]"') from e
     try:
         return PeftModel.from_pretrained(model, str(adapter))
     except (OSError, ValueError) as e:

@@ -60,6 +60,20 @@ def load_pipeline(name: str = "sd") -> Any:
     return pipe
 
 
+def load_refiner(**options: Any) -> Any:
+    """The embedded refiner: a tiny vision-language model that was trained for this world, as an `MLLMRefiner`, in float32 on the CPU.
+
+    It knows two jobs: at the start, to say a request in the generator's words; later, to look at the preview and forbid a sticker that
+    forms. options: of `MLLMRefiner` and of its chat model.
+    """
+    from ..refiners.mllm import MLLMRefiner
+
+    with quiet():
+        return MLLMRefiner.from_pretrained(
+            WEIGHTS / "refiner", Path(__file__).parent / "refiner.txt", **{"device": "cpu", "max_new_tokens": 96} | options
+        )
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

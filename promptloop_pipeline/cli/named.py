@@ -1,0 +1,59 @@
+"""Refiners by the name that a user types: the same names for every command."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ALLOWED = (
+    '"tiny" (embedded), "oracle" (reads its verifier), "none", a folder or hub id, the URL of a server, or "module:object"'
+)
+
+
+def load_refiner(name: str, template: str | Path | None = None, model: str | None = None, **options: Any) -> Any:
+    """name: "tiny", "oracle", "none", a folder or hub id, http(s)://..., or "module:object" of one's own.
+
+    template: for language models; default: "repair". model: the model's name on a server. options: of `MLLMRefiner`.
+    Raises ValueError, OSError or ImportError with one clear line.
+    """
+    if name == "none":
+        from ..refiners.scripted import NoOpRefiner
+
+        return NoOpRefiner()
+    if name in ("tiny", "oracle"):
+        if template is not None:
+            raise ValueError(
+                f"the refiner {name!r} has a template of its own; leave out --template {template}, or give another model"
+            )
+        from .. import tiny
+
+        return tiny.OracleRefiner() if name == "oracle" else tiny.load_refiner()
+    if re.match(r"https?://", name):
+        from ..refiners.mllm import MLLMRefiner
+
+        return MLLMRefiner.from_endpoint(name, model, template or "repair", **options)
+    if re.fullmatch(r"[\w.]+:[\w.]+", name) and not Path(name).exists():
+        return _own(name)
+    if not (Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        raise ValueError(f"unknown refiner {name!r}; use {ALLOWED}")
+    from ..refiners.mllm import MLLMRefiner
+
+    return MLLMRefiner.from_pretrained(name, template or "repair", **options)
+
+
+def _own(name: str) -> Any:
+    """An object, or a class that can be called without arguments, of a module; modules in the current folder count."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"cannot load the refiner {name!r}: {e}") from e
+    return found() if isinstance(found, type) else found
