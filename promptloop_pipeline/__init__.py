@@ -14,7 +14,8 @@ _HOME = {
     "RefinementSchedule": "schedule", "Refiner": "refiner", "View": "refiner", "Refinement": "refiner",
     "Session": "session", "RefinerError": "session", "Turn": "trajectory", "Trajectory": "trajectory",
     "NoOpRefiner": "refiners.scripted", "ScheduleRefiner": "refiners.scripted", "FunctionRefiner": "refiners.scripted",
-    "attach": "pipelines.classes", "PromptLoopStableDiffusionPipeline": "pipelines.classes",
+    "prompt_schedule": "replay", "save_schedule": "replay", "load_schedule": "replay", "prompt_editing": "replay",
+    "refine_in_rounds": "pipelines.rounds", "attach": "pipelines.classes", "PromptLoopStableDiffusionPipeline": "pipelines.classes",
     "PromptLoopStableDiffusionXLPipeline": "pipelines.classes", "PromptLoopStableDiffusion3Pipeline": "pipelines.classes",
     "PromptLoopFluxPipeline": "pipelines.classes",
 }  # fmt: skip
@@ -40,8 +41,10 @@ if TYPE_CHECKING:
         PromptLoopStableDiffusionXLPipeline,
         attach,
     )
+    from .pipelines.rounds import refine_in_rounds
     from .refiner import Refinement, Refiner, View
     from .refiners.scripted import FunctionRefiner, NoOpRefiner, ScheduleRefiner
+    from .replay import load_schedule, prompt_editing, prompt_schedule, save_schedule
     from .schedule import RefinementSchedule
     from .session import RefinerError, Session
     from .trajectory import Trajectory, Turn

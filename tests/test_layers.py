@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CORE = ("schedule", "refiner", "reward", "trajectory", "look")
+CORE = ("schedule", "refiner", "reward", "trajectory", "look", "replay")
 MAY_IMPORT = {  # folder or file of promptloop_pipeline -> what of promptloop_pipeline it may import
     **{name: set(CORE) for name in CORE},
     "session": {*CORE, "session"},
@@ -52,7 +52,9 @@ def test_arrows_of_the_package(file):
     assert inner <= MAY_IMPORT[layer], f"{file} imports {inner - MAY_IMPORT[layer]}"
 
 
-LIGHT = ("", ".schedule", ".refiner", ".reward", ".trajectory", ".look", ".session", ".refiners.scripted", ".tiny", ".cli")
+LIGHT = (
+    "", ".schedule", ".refiner", ".reward", ".trajectory", ".look", ".replay", ".session", ".refiners.scripted", ".tiny", ".cli",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", [f"promptloop_pipeline{m}" for m in LIGHT])

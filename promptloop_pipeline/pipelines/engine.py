@@ -284,7 +284,8 @@ def run(
     requests = [text for text in prompts for _ in range(n)]
     session = Session(
         requests, refiner, refine_at, strict=strict, cancel=cancel, meta=_meta(pipe, kwargs, len(requests)),
-        sources=_sources(kwargs.get("image"), len(requests), n), fit=fit_to(pipe, kwargs) if trim else None, apriori=apriori, asynchronous=asynchronous,
+        sources=_sources(kwargs.get("image"), len(requests), n),
+        fit=fit_to(pipe, kwargs) if trim else None, apriori=apriori, asynchronous=asynchronous,
     )  # fmt: skip
     this = Run(pipe, call, session, kwargs, preview)
     output = None
@@ -307,7 +308,7 @@ def _sources(given: Any, samples: int, n: int) -> list[Any] | None:
     """The pictures that an image-to-image run starts from, one for each sample, where they are pictures."""
     import PIL.Image
 
-    pictures = given if isinstance(given, (list, tuple)) else [given]
+    pictures = list(given) if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(picture, PIL.Image.Image) for picture in pictures):
         return None
     spread = [picture for picture in pictures for _ in range(n)] if len(pictures) > 1 else pictures * samples

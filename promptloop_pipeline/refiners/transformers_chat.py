@@ -73,9 +73,7 @@ class TransformersChat:
         name, device = _known(name), device or _best_device()
         if adapter is None and Path(name, "adapter_config.json").is_file():
             adapter, name = name, _base_of(name)
-        where = {
-            k: options[k] for k in ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only") if k in options
-        }
+        where = {k: v for k, v in options.items() if k in _WHERE}
         sees, processor = _processor(name, where)
         if quantization is not None:
             options["quantization_config"] = _quantized(quantization)
