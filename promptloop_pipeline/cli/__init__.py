@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from . import demo, doctor, generate
+from . import demo, doctor, evaluate, generate, rewrite
 
 app = typer.Typer(
     name="promptloop", help="Step-wise prompt refinement for diffusion models.", no_args_is_help=True, add_completion=False,
@@ -15,6 +15,8 @@ app = typer.Typer(
 )  # fmt: skip
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("rewrite")(rewrite.rewrite)
+app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -11,13 +10,28 @@ from typing import Annotated, Any
 import typer
 
 from ..schedule import RefinementSchedule
+from .named import load_refiner
+
+TINY_SCHEDULE = "start, 10%, 15%, 20%, 25%, 30%, 35%, 40%, 45%, 50%, 55%"
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What you want to see.")],
     model: Annotated[str, typer.Option(help='"tiny" (embedded), a folder, or a hub id of a diffusers pipeline.')] = "tiny",
-    refiner: Annotated[str, typer.Option(help='"tiny" (embedded), "none", or "module:object" of your own.')] = "tiny",
-    refine_at: Annotated[str, typer.Option(help='"start, 20%, 50%", "every 4", "end", "none".')] = "start, 15%, 25%, 35%, 45%",
+    refiner: Annotated[
+        str,
+        typer.Option(
+            help='"tiny" (embedded), "oracle", "none", a model\'s folder or hub id, a server\'s URL, or "module:object".'
+        ),
+    ] = "tiny",
+    template: Annotated[
+        str | None, typer.Option(help="What a language model is told: repair (default), rewrite, ..., or the path of your own.")
+    ] = None,
+    server_model: Annotated[str | None, typer.Option(help="The model's name on the server, where it has several.")] = None,
+    refine_at: Annotated[
+        str | None,
+        typer.Option(help='"start, 20%, 50%", "every 4", "end", "none". Default: 20%, 50%, 80%; tiny looks more often.'),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
     n: Annotated[int, typer.Option(min=1, help="How many images.")] = 1,
@@ -31,17 +45,20 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generates images with a refiner in the loop; writes them, what was changed and why, and a report."""
+    refine_at = refine_at or (TINY_SCHEDULE if refiner in ("tiny", "oracle") else "20%, 50%, 80%")
     RefinementSchedule.parse(refine_at).steps(steps)
     if not prompt.strip():
         raise ValueError('the prompt is empty; say what you want to see, for example "a red circle left of a blue square"')
-    the_refiner = _refiner(refiner, prompt, model)
+    if refiner in ("tiny", "oracle"):
+        _check_world(prompt, model)
     if model != "tiny" and _looks_like_a_path(model) and not Path(model, "model_index.json").is_file():
         raise FileNotFoundError(f'no pipeline at {model}: expected a folder with model_index.json, a hub id, or "tiny"')
 
     from .output import fresh_folder, quiet_libraries
 
-    folder = fresh_folder(out)
     quiet_libraries()
+    the_refiner = load_refiner(refiner, template, server_model)
+    folder = fresh_folder(out)
     import torch
 
     from ..evaluation.report import Arm, write_report
@@ -92,29 +109,16 @@ def generate(
     print(f"report: {page}")
 
 
-def _refiner(name: str, prompt: str, model: str) -> Any:
-    if name == "none":
-        from ..refiners.scripted import NoOpRefiner
+def _check_world(prompt: str, model: str) -> None:
+    """Says at once if the embedded refiners know no such model, or the embedded world no such thing."""
+    if model != "tiny":
+        raise ValueError(
+            "the embedded refiner reads only the shapes world (--model tiny); use --refiner none, a vision-language model's folder or "
+            'hub id, the URL of a server, or "module:object"'
+        )
+    from ..tiny.language import parse
 
-        return NoOpRefiner()
-    if name == "tiny":
-        if model != "tiny":
-            raise ValueError(
-                'the embedded refiner reads only the shapes world (--model tiny); use --refiner none or "module:object"'
-            )
-        from ..tiny.language import parse
-        from ..tiny.refiners import OracleRefiner
-
-        parse(prompt)  # says at once if the world has no such thing
-        return OracleRefiner()
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f'unknown refiner {name!r}; use "tiny", "none", or "module:object", an object with refine(views)')
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"cannot load the refiner {name!r}: {e}") from e
-    return found() if isinstance(found, type) else found
+    parse(prompt)
 
 
 def _tiny_score(image: Any, prompt: str) -> dict[str, float]:
@@ -128,10 +132,8 @@ def _tiny_score(image: Any, prompt: str) -> dict[str, float]:
 
 
 def _turn(turn: Any) -> dict[str, Any]:
-    return {
-        k: getattr(turn, k)
-        for k in ("step", "num_steps", "sigma", "before", "after", "reasoning", "error", "boundary", "seconds")
-    }
+    names = ("step", "num_steps", "sigma", "before", "after", "reasoning", "notes", "error", "boundary", "seconds", "tokens")
+    return {name: getattr(turn, name) for name in names}
 
 
 def _looks_like_a_path(model: str) -> bool:
