@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     )
     from .pipelines.rounds import refine_in_rounds
     from .refiner import Refinement, Refiner, View
+    from .refiners.guards import GuardedRefiner
+    from .refiners.mllm import MLLMRefiner
     from .refiners.scripted import FunctionRefiner, NoOpRefiner, ScheduleRefiner
     from .replay import load_schedule, prompt_editing, prompt_schedule, save_schedule
     from .schedule import RefinementSchedule
