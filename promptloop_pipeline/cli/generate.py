@@ -38,6 +38,9 @@ def generate(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; default: the pipeline's own (tiny: 3).")
     ] = None,
+    apriori: Annotated[
+        bool, typer.Option("--apriori", help="Write all prompts before the first step, without pictures.")
+    ] = False,
     strict: Annotated[bool, typer.Option(help="Stop when a turn fails, instead of keeping the prompt.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the images, trajectories.jsonl and index.html.")] = Path(
         "promptloop-out"
@@ -45,7 +48,10 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Generates images with a refiner in the loop; writes them, what was changed and why, and a report."""
-    refine_at = refine_at or (TINY_SCHEDULE if refiner in ("tiny", "oracle") else "20%, 50%, 80%")
+    replay = load_refiner(refiner) if refiner.endswith(".json") else None
+    refine_at = refine_at or (
+        replay.refine_at if replay else TINY_SCHEDULE if refiner in ("tiny", "oracle") else "20%, 50%, 80%"
+    )
     RefinementSchedule.parse(refine_at).steps(steps)
     if not prompt.strip():
         raise ValueError('the prompt is empty; say what you want to see, for example "a red circle left of a blue square"')
@@ -57,12 +63,13 @@ def generate(
     from .output import fresh_folder, quiet_libraries
 
     quiet_libraries()
-    the_refiner = load_refiner(refiner, template, server_model)
+    the_refiner = replay or load_refiner(refiner, template, server_model)
     folder = fresh_folder(out)
     import torch
 
     from ..evaluation.report import Arm, write_report
     from ..pipelines.classes import attach
+    from ..replay import save_schedule
     from ..trajectory import save
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -82,12 +89,13 @@ def generate(
                 'give a folder, a hub id, or "tiny"'
             ) from e
         pipe.to(device)
-    loop = attach(pipe, refiner=the_refiner, refine_at=refine_at, strict=strict)
+    loop = attach(pipe, refiner=the_refiner, refine_at=refine_at, strict=strict, apriori=apriori)
     options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     generators = [torch.Generator().manual_seed(seed + k) for k in range(n)]
     result = loop([prompt] * n, num_inference_steps=steps, generator=generators, **options)
     for k, (image, trajectory) in enumerate(zip(result.images, result.trajectories, strict=True)):
         image.save(folder / f"{seed + k}.png")
+        save_schedule(trajectory, folder / f"{seed + k}.prompts.json")
         if model == "tiny":
             trajectory.scores.update(_tiny_score(image, prompt))
     save(result.trajectories, folder)

@@ -15,7 +15,7 @@ ALLOWED = (
 
 
 def load_refiner(name: str, template: str | Path | None = None, model: str | None = None, **options: Any) -> Any:
-    """name: "tiny", "oracle", "none", a folder or hub id, http(s)://..., or "module:object" of one's own.
+    """name: "tiny", "oracle", "none", a folder or hub id, http(s)://..., a prompt schedule FILE.json, or "module:object" of one's own.
 
     template: for language models; default: "repair". model: the model's name on a server. options: of `MLLMRefiner`.
     Raises ValueError, OSError or ImportError with one clear line.
@@ -32,6 +32,11 @@ def load_refiner(name: str, template: str | Path | None = None, model: str | Non
         from .. import tiny
 
         return tiny.OracleRefiner() if name == "oracle" else tiny.load_refiner()
+    if name.endswith(".json"):
+        from ..refiners.scripted import ScheduleRefiner
+        from ..replay import load_schedule
+
+        return ScheduleRefiner(load_schedule(name))
     if re.match(r"https?://", name):
         from ..refiners.mllm import MLLMRefiner
 
