@@ -70,6 +70,10 @@ class Session:
             raise TypeError(f"{what} is no refiner: give an object with a method refine(views) -> list of Refinement")
         if not isinstance(asynchronous, (bool, int)) or asynchronous < 0:
             raise ValueError(f"asynchronous is {asynchronous!r}; use False, True, or a number of steps from 1 on")
+        if apriori and asynchronous:
+            raise ValueError(
+                "apriori and asynchronous exclude each other: what is written beforehand is not waited for; drop one"
+            )
         self.refiner, self.strict, self.cancel, self.fit = refiner, strict, cancel, fit
         self.apriori, self.asynchronous = apriori, asynchronous
         self.schedule = RefinementSchedule.parse(schedule)
@@ -79,6 +83,7 @@ class Session:
         self.due: tuple[int, ...] = ()
         self._planned: dict[int, list[Turn]] = {}  # a priori
         self._waiting: Look | None = None  # asynchronous
+        self._seen = 0  # turns taken before the last `observe`
 
     @property
     def prompts(self) -> list[str]:
@@ -105,12 +110,12 @@ class Session:
 
         Returns the prompts for all samples when any of them changed, else None.
         """
-        before = self.prompts
+        before, self._seen = self.prompts, len(self.trajectories[0].turns)
         if self._waiting and self._waiting.ready(step):
             self._settle(self._waiting, step)
         if step in self._planned:
-            for t, turn in zip(self.trajectories, self._planned[step], strict=True):
-                t.turns.append(turn)
+            for t, turn in zip(self.trajectories, self._planned[step], strict=True):  # an earlier one may have been taken back
+                t.turns.append(replace(turn, before=t.prompt, after=turn.after if turn.changed else t.prompt))
         elif step in self.due and self._waiting:
             self._pass(step, sigma, f"left out: the refiner was still busy with step {self._waiting.step}")
         elif step in self.due:
@@ -164,7 +169,11 @@ class Session:
 
     def applied(self, seconds: float) -> None:
         """The host encoded the prompts of the last turn; `seconds` is what that took."""
-        self._amend(lambda turn: replace(turn, seconds=turn.seconds | {"encode": seconds}))
+        for t in self.trajectories:
+            t.turns[self._seen :] = [
+                replace(turn, seconds=turn.seconds | {"encode": seconds}) if turn.changed else turn
+                for turn in t.turns[self._seen :]
+            ]
 
     def rejected(self, error: Exception) -> None:
         """The host could not encode the prompts of the last turn and goes on with the old ones."""
@@ -172,12 +181,12 @@ class Session:
             raise RefinerError(f"the refined prompt could not be encoded: {type(error).__name__}: {error}") from error
         message = f"{type(error).__name__}: {error}"
         logger.warning("the refined prompt could not be encoded, the old one is kept: %s", message)
-        self._amend(lambda turn: replace(turn, after=turn.before, error=message, boundary="encode"))
-
-    def _amend(self, change: Callable[[Turn], Turn]) -> None:
+        failed: dict[str, Any] = {"error": message, "boundary": "encode"}
         for t in self.trajectories:
-            if t.turns[-1].changed:
-                t.turns[-1] = change(t.turns[-1])
+            old = t.turns[self._seen].before
+            t.turns[self._seen :] = [
+                replace(turn, before=old, after=old, **(failed if turn.changed else {})) for turn in t.turns[self._seen :]
+            ]
 
     def finish(
         self,
@@ -194,7 +203,10 @@ class Session:
             t.image = image
         if self._waiting:
             late, self._waiting = self._waiting, None
-            self._pass(late.step, late.sigma, "the refiner's answer came too late to act")
+            if late.error is not None:  # a failure, or somebody's cancel, is not lost for being late
+                self._settle(late, self.num_steps)
+            else:
+                self._pass(late.step, late.sigma, "the refiner's answer came too late to act")
         if look and images:
             self.observe(self.num_steps, sigma, lambda: [image.copy() for image in images])  # the originals are the user's
         elif look and preview:

@@ -29,10 +29,11 @@ FILE = "trajectories.jsonl"
 class Turn:
     """One look. `before` and `after` are equal when the prompt was kept.
 
-    step, num_steps, sigma, image: as in `View`; the new prompt acts from `step` on, or from the later step `applied` on where the
-    run did not wait for the refiner. raw, token_ids, logprobs, tokens, format_ok: as in `Refinement`. notes: what guards did.
-    error: why nothing was applied, if so, and `boundary` where: "preview", "refiner", or "encode". seconds: what the turn cost,
-    by part (preview, refiner, encode); a batch is asked as one, so the parts are those of the whole batch.
+    step, num_steps, sigma, image: as in `View`; the new prompt acts from `step` on, or from the step `applied` on: a later one where
+    the run did not wait for the refiner, 0 where a finished picture was looked at and the next one is made with it. raw, token_ids,
+    logprobs, tokens, format_ok: as in `Refinement`. notes: what guards did. error: why nothing was applied, if so, and `boundary`
+    where: "preview", "refiner", or "encode". seconds: what the turn cost, by part (preview, refiner, encode); a batch is asked as
+    one, so the parts are those of the whole batch.
     """
 
     step: int

@@ -188,3 +188,126 @@ def test_rejected_prompts_are_taken_back():
     session.rejected(RuntimeError("out of memory"))
     assert session.prompts == ["a", "b"]
     assert [t.turns[0].boundary for t in session.trajectories] == [None, "encode"]
+
+
+# --- prompts written beforehand, answers that come later ------------------------------------------------------------------
+
+
+def test_a_priori_all_turns_are_asked_before_the_first_step():
+    asked, previews = [], []
+    refiner = FunctionRefiner(lambda v: asked.append((v.step, v.prompt, v.image, len(v.turns))) or f"{v.prompt}{v.step}")
+    session = Session(["a"], refiner, "start, 2, 4, end", apriori=True)
+    session.start(6)
+    assert asked == [(0, "a", None, 0), (2, "a0", None, 1), (4, "a02", None, 2)]
+    assert session.prompts == ["a"] and session.trajectories[0].turns == [], "nothing has been applied yet"
+    assert run(session, 6, previews)[-1] == ("a024",)
+    assert previews == [], "nobody looks"
+    assert asked[-1][0] == 6 and asked[-1][2] is not None, "the end is looked at as ever"
+
+
+def test_a_priori_equals_asking_in_time():
+    for steps in ("start", "2, 4", "start, 1, 2, 3, 4, 5", "every 2"):
+        refiner = FunctionRefiner(lambda v: f"{v.prompt} {v.step}" if v.step != 3 else None)
+        forces = [run(Session(["a", "b"], refiner, steps, apriori=planned), 6) for planned in (False, True)]
+        assert forces[0] == forces[1]
+
+
+def test_a_priori_a_prompt_that_was_taken_back_is_not_in_use_later():
+    session = Session(["a", "b"], FunctionRefiner(lambda v: {1: "new", 4: "last"}.get(v.step)), "1, 3, 4", apriori=True)
+    session.start(5)
+    assert session.observe(1, None, None) == ["new", "new"]
+    session.rejected(RuntimeError("out of memory"))
+    assert session.observe(3, None, None) is None
+    assert session.prompts == ["a", "b"]
+    assert session.observe(4, None, None) == ["last", "last"]
+    assert [(t.before, t.after, t.boundary) for t in session.trajectories[1].turns] == [
+        ("b", "b", "encode"), ("b", "b", None), ("b", "last", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("latency", [1, 2, 3, 7])
+def test_an_answer_acts_exactly_so_many_steps_later(latency):
+    for step in range(10):
+        session = Session(["a", "b"], FunctionRefiner(lambda v: v.prompt + "!"), step, asynchronous=latency)
+        acts = step + latency
+        assert run(session, 10) == [("a", "b") if k < acts else ("a!", "b!") for k in range(10)]
+        for t in session.trajectories:
+            (turn,) = t.turns
+            late = acts >= 10
+            assert (turn.step, turn.applied, turn.changed) == (step, None if late else acts, not late)
+            assert turn.notes == (("the refiner's answer came too late to act",) if late else ())
+
+
+def test_one_question_at_a_time():
+    asked = []
+    session = Session(
+        ["a"], FunctionRefiner(lambda v: asked.append(v.step) or f"{v.prompt}{v.step}"), "every 1", asynchronous=3
+    )
+    force = run(session, 9)
+    assert asked == [1, 4, 7]
+    assert [f for (f,) in force] == ["a"] * 4 + ["a1"] * 3 + ["a14"] * 2
+    turns = session.trajectories[0].turns
+    assert [(t.step, t.notes[0]) for t in turns if t.notes][:2] == [
+        (2, "left out: the refiner was still busy with step 1"), (3, "left out: the refiner was still busy with step 1"),
+    ]  # fmt: skip
+    assert len(turns) == 8, "each turn that was due is on record"
+
+
+def test_a_failure_that_comes_late_is_not_lost():
+    def fail(view):
+        raise TimeoutError("no answer")
+
+    def late(**options):
+        session = Session(["a"], FunctionRefiner(fail), "3", asynchronous=3, **options)
+        session.start(4)
+        session.observe(3, None, lambda: images(1))
+        session._waiting._thread.join(60)
+        return session.finish(images(1))
+
+    (turn,) = late()[0].turns
+    assert (turn.step, turn.error, turn.changed) == (3, "TimeoutError: no answer", False)
+    with pytest.raises(RefinerError, match="step 3: the refiner failed"):
+        late(strict=True)
+    with pytest.raises(TimeoutError):
+        late(cancel=(TimeoutError,))
+
+
+def test_a_late_answer_is_taken_back_though_another_turn_fell_on_the_same_step():
+    def preview():
+        raise MemoryError("VAE")
+
+    session = Session(["a"], FunctionRefiner(lambda v: "new"), "1, 3", asynchronous=2)
+    session.start(5)
+    session.observe(1, 0.5, lambda: images(1))
+    session.observe(2, 0.5, lambda: images(1))
+    assert session.observe(3, 0.5, preview) == ["new"]
+    session.rejected(RuntimeError("out of memory"))
+    assert session.prompts == ["a"]
+    assert [(t.step, t.before, t.after, t.boundary) for t in session.trajectories[0].turns] == [
+        (1, "a", "a", "encode"), (3, "a", "a", "preview"),
+    ]  # fmt: skip
+
+
+def test_answers_of_a_refiner_aside_are_checked_too():
+    session = Session(["a"], Raw([]), "1", asynchronous=1)
+    with pytest.raises(ValueError, match="Raw.refine returned 0 answers for 1 views"):
+        run(session, 4)
+
+
+def test_bad_modes():
+    for bad in (-1, "2", 1.5, None):
+        with pytest.raises(ValueError, match="asynchronous is .*; use False, True, or a number of steps from 1 on"):
+            Session(["a"], NoOpRefiner(), "1", asynchronous=bad)
+    with pytest.raises(ValueError, match="apriori and asynchronous exclude each other"):
+        Session(["a"], NoOpRefiner(), "1", apriori=True, asynchronous=2)
+
+
+def test_what_does_not_fit_is_cut_and_noted():
+    session = Session(
+        ["a long request"], FunctionRefiner(lambda v: v.prompt + ", and more"), "1, 2", fit=lambda text: text[:20]
+    )
+    assert run(session, 3) == [("a long request",), ("a long request, and ",), ("a long request, and ",)]
+    first = session.trajectories[0].turns[0]
+    assert first.notes == ("too long for the text encoder, cut after 'a long request, and '; left out: 'more'",)
+    kept = Session(["a long request"], FunctionRefiner(lambda v: v.prompt), "1", fit=lambda text: text[:3])
+    assert run(kept, 2)[-1] == ("a long request",), "what was not refined is not touched"

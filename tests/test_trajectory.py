@@ -135,3 +135,23 @@ def test_a_picture_that_is_gone_is_named_with_its_line(tmp_path):
     (tmp_path / "images" / f"{t.id}.png").unlink()
     with pytest.raises(ValueError, match=rf"line 1: .*{t.id}"):
         load(tmp_path)
+
+
+def test_all_fields_of_a_turn_and_other_runs_are_read_back(tmp_path):
+    fields = {"tokens": 17, "format_ok": False, "notes": ("cut", "kept \u2028 as it was"), "applied": 5}
+    turns = [Turn(3, 8, "a", "b", **fields), Turn(8, 8, "b", "b", format_ok=True, applied=0), Turn(4, 8, "b", "c")]
+    other = Trajectory("a", [Turn(1, 8, "a", "d", image=picture(1), notes=("x",))], picture(2), {"r": 0.5}, {"round": 1})
+    nested = Trajectory("a", image=picture(3), others=[Trajectory("a", image=picture(4)), other])
+    written = Trajectory("a", turns, picture(5), {"r": 1.0}, {"round": 2}, [nested, Trajectory("a")])
+    save([written, written], tmp_path)
+    for read in load(tmp_path):
+        assert read.turns == turns
+        assert [type(t.notes) for t in read.turns] == [tuple] * 3
+        for a, b in zip(_all(written), _all(read), strict=True):
+            assert (a.request, a.scores, a.meta, a.id, len(a.turns)) == (b.request, b.scores, b.meta, b.id, len(b.turns))
+            assert same(a.image, b.image)
+            assert all(same(s.image, t.image) and s.notes == t.notes for s, t in zip(a.turns, b.turns, strict=True))
+
+
+def _all(t: Trajectory) -> list[Trajectory]:
+    return [t, *(found for other in t.others for found in _all(other))]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-_BOUNDARY = re.compile(r"[,;.!?\n\u3001\u3002\uff0c\uff1b]")  # a clause ends before one of these
+_BOUNDARY = re.compile(r"[,.](?!\d)|[;!?\n\u3001\u3002\uff0c\uff1b]")  # a clause ends before one of these, not inside of f/1.8
 
 
 def token_limits(pipe: Any, kwargs: dict[str, Any]) -> list[tuple[Any, int]]:

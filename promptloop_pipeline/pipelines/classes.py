@@ -13,11 +13,11 @@ from .families import family_of, stock_class
 
 LOOP = {
     "refiner": None, "refine_at": DEFAULT_SCHEDULE, "preview": None, "strict": False, "cancel": (), "trim": True, "apriori": False,
-    "asynchronous": False,
+    "asynchronous": False, "gate": None,
 }  # fmt: skip
 
 
-def _stock_call(pipe: Any) -> Any:
+def stock_call(pipe: Any) -> Any:
     """The call that PromptLoop's own stands before, be it diffusers' or somebody's subclass; not bound."""
     mro = type(pipe).__mro__
     start = mro.index(_PromptLoop) + 1 if isinstance(pipe, _PromptLoop) else 0
@@ -27,8 +27,8 @@ def _stock_call(pipe: Any) -> Any:
 def _call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     loop = {k: kwargs.pop(k) for k in LOOP if k in kwargs}
     if loop.get("refiner") is None:
-        return _stock_call(pipe)(pipe, *args, **kwargs)
-    return run(pipe, _stock_call(pipe), args, kwargs, **loop)
+        return stock_call(pipe)(pipe, *args, **kwargs)
+    return run(pipe, stock_call(pipe), args, kwargs, **loop)
 
 
 class Attached:
@@ -43,7 +43,7 @@ class Attached:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         loop = {k: kwargs.pop(k) for k in LOOP if k in kwargs}
         ours = isinstance(self.pipe, _PromptLoop)  # whose call knows of the loop, and may be somebody's own
-        call = type(self.pipe).__call__ if ours else _stock_call(self.pipe)
+        call = type(self.pipe).__call__ if ours else stock_call(self.pipe)
         named = self.defaults | named_arguments(self.pipe, call, args, kwargs) | loop
         return self.pipe(**named) if ours else _call(self.pipe, (), named)
 
@@ -80,6 +80,11 @@ def attach(pipe: Any, **defaults: Any) -> Attached:
     apriori: let the refiner write all prompts before the first step, without pictures (PromptLoop's open-loop mode).
     asynchronous: go on sampling while the refiner thinks; True applies the answer at the first step after it came, a number that
         many steps later.
+    gate: a reward (`promptloop_pipeline.reward.Reward`; a plain function will do), for runs that must do no harm. The untouched run,
+        from the same random state, is made too, unless no prompt was changed; both are scored against the users' requests, and each
+        sample's better picture is returned: the refined one if it scores strictly higher. The other one's trajectory is in
+        `trajectory.others`, what the gate did in `trajectory.meta["gate"]`. A reward that fails keeps the untouched pictures. Your
+        own callbacks are called in both runs, since they may change the picture.
 
     Raises TypeError for a pipeline that the loop cannot work with, ValueError for an unreadable schedule.
     """

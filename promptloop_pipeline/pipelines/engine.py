@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ..refiner import Refiner
+from ..reward import Reward
 from ..schedule import RefinementSchedule
 from ..session import Session
 from .budget import fit_to
 from .conditioning import Conditioning, Slots, slots_of
 from .families import DENOISERS, MODULES, decode_preview, family_of, stock_class
+from .gate import RandomState, check_reward, keep_better
 from .x0 import noise_level, sampling_step, sampling_steps, x0_estimate
 
 if TYPE_CHECKING:
@@ -97,10 +99,40 @@ class Run:
             raise self.x0
         if self.x0 is None:
             raise RuntimeError("there is no x0-estimate yet")
+        return self._decode(self.x0)
+
+    def _decode(self, latents: Tensor) -> Sequence[Image]:
         if callable(self.preview) and not isinstance(self.preview, nn.Module):
-            return self.preview(self.pipe, self.x0)
+            return self.preview(self.pipe, latents)
         height, width = self.kwargs.get("height"), self.kwargs.get("width")
-        return decode_preview(self.pipe, self.family, self.x0, height, width, self.preview)
+        return decode_preview(self.pipe, self.family, latents, height, width, self.preview)
+
+    # --- what is finished -------------------------------------------------------------------------------------------------
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(getattr(self.pipe, "_interrupt", False))
+
+    @property
+    def latent(self) -> bool:
+        return self.kwargs.get("output_type") == "latent"
+
+    def pictures(self, output: Any) -> Sequence[Image]:
+        """Of a finished output, as PIL whatever its type; latents are decoded."""
+        images = output[0] if isinstance(output, tuple) else output.images
+        if self.latent:
+            return self._decode(images)
+        if isinstance(images, Tensor):
+            images = images.float().cpu().permute(0, 2, 3, 1).numpy()
+        return images if isinstance(images, list) else self.pipe.image_processor.numpy_to_pil(images)
+
+    def finish(self, output: Any) -> None:
+        """Hands the pictures to the session; latents are decoded only if a turn wants to look."""
+        for trajectory in self.session.trajectories:
+            trajectory.meta["interrupted"] = self.interrupted
+        sigma = None if self.kwargs.get("denoising_end") else 0.0  # with it, noise is left
+        images, preview = (None, lambda: self.pictures(output)) if self.latent else (self.pictures(output), None)
+        self.session.finish(images, sigma, preview, look=not self.interrupted)
 
     # --- turns and the swap -----------------------------------------------------------------------------------------------
 
@@ -265,12 +297,15 @@ def run(
     trim: bool = True,
     apriori: bool = False,
     asynchronous: bool | int = False,
+    gate: Reward | None = None,
 ) -> Any:
     """Calls a stock pipeline with a refiner; what `attach` and the named classes do. `call` is the stock class's `__call__`.
 
     Returns the stock output with `.trajectories` (with `return_dict=False`: the stock tuple and the trajectories as its last element).
     An exception that ends the run carries what was recorded as `.trajectories`, and the finished output, if there is one, as `.output`.
     """
+    if gate is not None:
+        check_reward(gate, "gate")
     kwargs = named_arguments(pipe, call, args, kwargs)
     prompt = kwargs.get("prompt")
     if prompt is None:
@@ -283,18 +318,17 @@ def run(
     n = kwargs.get("num_images_per_prompt") or 1
     requests = [text for text in prompts for _ in range(n)]
     session = Session(
-        requests, refiner, refine_at, strict=strict, cancel=cancel, meta=_meta(pipe, kwargs, len(requests)),
-        sources=_sources(kwargs.get("image"), len(requests), n),
+        requests, refiner, refine_at, strict=strict, cancel=cancel, meta=meta_of(pipe, kwargs, len(requests)),
+        sources=sources_of(kwargs.get("image"), len(requests), n),
         fit=fit_to(pipe, kwargs) if trim else None, apriori=apriori, asynchronous=asynchronous,
     )  # fmt: skip
     this = Run(pipe, call, session, kwargs, preview)
-    output = None
+    output, start = None, RandomState(kwargs) if gate is not None else None
     try:
         output = this()
-        interrupted = bool(getattr(pipe, "_interrupt", False))
-        for trajectory in session.trajectories:
-            trajectory.meta["interrupted"] = interrupted
-        _finish(this, output[0] if isinstance(output, tuple) else output.images, interrupted)
+        this.finish(output)
+        if gate is not None and start is not None:
+            output = keep_better(this, output, gate, start)
     except Exception as e:
         e.trajectories, e.output = session.trajectories, output  # type: ignore[attr-defined]
         raise
@@ -304,7 +338,7 @@ def run(
     return output
 
 
-def _sources(given: Any, samples: int, n: int) -> list[Any] | None:
+def sources_of(given: Any, samples: int, n: int) -> list[Any] | None:
     """The pictures that an image-to-image run starts from, one for each sample, where they are pictures."""
     import PIL.Image
 
@@ -315,25 +349,14 @@ def _sources(given: Any, samples: int, n: int) -> list[Any] | None:
     return spread if len(spread) == samples else None
 
 
-def _finish(this: Run, images: Any, interrupted: bool) -> None:
-    """Hands the finished pictures to the session as PIL, whatever the output type; latents are decoded only if a turn wants to look."""
-    latent = this.kwargs.get("output_type") == "latent"
-    if latent:
-        this.x0 = images
-    elif isinstance(images, Tensor):
-        images = this.pipe.image_processor.numpy_to_pil(images.float().cpu().permute(0, 2, 3, 1).numpy())
-    elif not isinstance(images, list):
-        images = this.pipe.image_processor.numpy_to_pil(images)
-    sigma = None if this.kwargs.get("denoising_end") else 0.0  # with it, noise is left
-    this.session.finish(None if latent else images, sigma, this.decode if latent else None, look=not interrupted)
-
-
-def _meta(pipe: Any, kwargs: dict[str, Any], samples: int) -> list[dict[str, Any]]:
+def meta_of(pipe: Any, kwargs: dict[str, Any], samples: int) -> list[dict[str, Any]]:
+    """What is known of each sample before the run."""
     generator = kwargs.get("generator")
     generators = generator if isinstance(generator, list) else [generator] * samples
+    model = getattr(pipe.config, "_name_or_path", None)
     common = {
         "pipeline": type(pipe).__name__,
-        "model": getattr(pipe.config, "_name_or_path", None),
+        "model": None if model is None else str(model),  # it may be a Path
         "scheduler": type(pipe.scheduler).__name__,
         "guidance_scale": kwargs.get("guidance_scale"),
         "negative_prompt": kwargs.get("negative_prompt"),
