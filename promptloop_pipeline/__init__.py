@@ -14,6 +14,7 @@ _HOME = {
     "RefinementSchedule": "schedule", "Refiner": "refiner", "View": "refiner", "Refinement": "refiner",
     "Session": "session", "RefinerError": "session", "Turn": "trajectory", "Trajectory": "trajectory",
     "NoOpRefiner": "refiners.scripted", "ScheduleRefiner": "refiners.scripted", "FunctionRefiner": "refiners.scripted",
+    "MLLMRefiner": "refiners.mllm", "GuardedRefiner": "refiners.guards",
     "prompt_schedule": "replay", "save_schedule": "replay", "load_schedule": "replay", "prompt_editing": "replay",
     "refine_in_rounds": "pipelines.rounds", "attach": "pipelines.classes", "PromptLoopStableDiffusionPipeline": "pipelines.classes",
     "PromptLoopStableDiffusionXLPipeline": "pipelines.classes", "PromptLoopStableDiffusion3Pipeline": "pipelines.classes",

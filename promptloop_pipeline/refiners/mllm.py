@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..refiner import Refinement, View
-from .chat import ChatModel, Completion, Sampling
+from .chat import ChatModel, Completion, Conversation, Sampling
 from .parsing import parse_answer
 from .template import Template, load_template
 
@@ -60,8 +60,10 @@ class MLLMRefiner:
         """
         from .transformers_chat import TransformersChat
 
+        template = load_template(template)  # a mistake shows before the weights are read
         own, rest = _split(options)
-        return cls(TransformersChat.from_pretrained(model, **rest), load_template(template), **own)
+        cls(_Nothing(), template, **own)
+        return cls(TransformersChat.from_pretrained(model, **rest), template, **own)
 
     @classmethod
     def from_endpoint(
@@ -91,7 +93,10 @@ class MLLMRefiner:
         conversations = [c for c in asked if c is not None]
         step = views[0].step if views else 0
         sampling = replace(self.sampling, seed=self.sampling.seed * 1009 + step)  # turns of a run draw noise of their own
-        answers = iter(self.chat.generate(conversations, sampling) if conversations else [])
+        said = self.chat.generate(conversations, sampling) if conversations else []
+        if len(said) != len(conversations):
+            raise ValueError(f"{self.chat!r} gave {len(said)} completions for {len(conversations)} conversations")
+        answers = iter(said)
         return [Refinement() if c is None else self._read(next(answers)) for c in asked]
 
     def _read(self, said: Completion) -> Refinement:
@@ -113,10 +118,20 @@ class MLLMRefiner:
         share = (self.max_pixels / (image.width * image.height)) ** 0.5
         if share >= 1:
             return image
-        return image.resize((max(int(image.width * share), 1), max(int(image.height * share), 1)))
+        width, height = int(image.width * share), int(image.height * share)  # one may be 0
+        return image.resize((min(max(width, 1), self.max_pixels), min(max(height, 1), self.max_pixels)))
 
     def __repr__(self) -> str:
         return f"MLLMRefiner({self.chat!r}, template={self.template.name!r})"
+
+
+class _Nothing:
+    """A chat model that is not there yet."""
+
+    sees = True
+
+    def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
+        raise NotImplementedError
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

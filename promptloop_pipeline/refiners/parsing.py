@@ -14,16 +14,22 @@ from dataclasses import dataclass
 
 LONGEST = 10_000  # characters of a prompt; more is not a prompt
 KEEP = "KEEP"
-_THINK = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reason|reasoning)\b[^<>]{0,100}>", re.I)
-_ANSWER = re.compile(r"<\s*(/?)\s*answer\b[^<>]{0,100}>", re.I)
-_MARKUP = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>")  # <|im_end|> and the like, where a server lets them through
-_FENCE = re.compile(r"\A```[^\n`]{0,40}\n?(.*?)\n?```\Z", re.S)
+# Every repetition that another one like it may follow is bounded, or time would grow with the square of the length.
+_THINK = re.compile(r"<\s{0,9}(/?)\s{0,9}(?:think|thinking|thought|reason|reasoning)\b[^<>]{0,100}>", re.I)
+_ANSWER = re.compile(r"<\s{0,9}(/?)\s{0,9}answer\b[^<>]{0,100}>", re.I)
+_MARKUP = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>|</?s>")  # <|im_end|> and the like: a server may let them by
+_FENCE = re.compile(r"\A(?:[^`\n]{0,200}:\s{0,9})?```(?:[^\n`]{0,40}\n)?(.*?)(?:```|\Z)", re.S)  # "Here it is:" may come first
 _LABEL = re.compile(
-    r"\A(?:\*{0,2}(?:(?:new|final|refined|revised|rewritten|enhanced|improved|updated) )?(?:image )?prompt\s*:\s*\*{0,2})", re.I
+    r"\A[#*]{0,6} ?(?:here(?: is|['\u2019]s) )?(?:(?:the|your|my) )?"
+    r"(?:(?:new|final|refined|revised|rewritten|enhanced|improved|updated) )?(?:image )?prompt ?\*{0,2} ?: ?\*{0,2} ?",
+    re.I,
 )
-_KEPT = re.compile(r"\W*keep(?:\W+(?:the|this|it|as|is|current|prompt|unchanged))*\W*", re.I)
-_QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb", "\u300c": "\u300d", "`": "`"}
-_INVISIBLE = dict.fromkeys([0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])  # byte order mark, direction overrides
+_KEPT = re.compile(r"\W*keep(?:\W+(?:the|this|it|as|is|in|use|same|current|original|prompt|unchanged))*\W*", re.I)
+_KEPT_BECAUSE = re.compile(r"\W*KEEP\W{0,5}?(?:[.,:;!(\n\u2013\u2014]|\s-\s)")  # and then it says why
+_QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u201e": "\u201c", "\u2018": "\u2019"}
+_QUOTES |= {"\u00ab": "\u00bb", "\u300c": "\u300d", "\u300e": "\u300f"}
+# Byte order mark, the sign for bytes that are no character (an answer was cut off within one), direction overrides.
+_INVISIBLE = dict.fromkeys([0xFEFF, 0xFFFD, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,9 @@ def parse_answer(text: str, tags: bool = True) -> Parsed:
     reasoning = _ANSWER.sub(" ", _THINK.sub(" ", reasoning)).strip()
     prompt = _bare(answer)
     format_ok = complete or not tags
-    if _KEPT.fullmatch(prompt):
+    if _KEPT.fullmatch(prompt) or _KEPT_BECAUSE.match(answer.strip()) or (not complete and _ends_with_keep(answer)):
         return Parsed(None, reasoning, format_ok)
-    if not any(c.isalnum() for c in prompt):
+    if not any(c.isalnum() or unicodedata.category(c) == "So" for c in prompt):  # So: emoji
         return Parsed(None, reasoning, False, "there is no prompt in what the model said")
     if len(prompt) > LONGEST:
         return Parsed(None, reasoning, False, f"the model's prompt is {len(prompt)} characters long, more than {LONGEST}")
@@ -66,25 +72,29 @@ def parse_answer(text: str, tags: bool = True) -> Parsed:
 
 def _split_reasoning(text: str) -> tuple[str, str]:
     """(what is left, the reasoning)"""
-    outside: list[str] = []
-    inside: list[str] = []
-    depth, at = 0, 0
+    parts: list[tuple[str, bool]] = []  # (text, whether it is reasoning)
+    depth, at, settled = 0, 0, 0
     for m in _THINK.finditer(text):
-        (inside if depth else outside).append(text[at : m.start()])
+        parts.append((text[at : m.start()], depth > 0))
         at = m.end()
         if not m[1]:
             depth += 1
         elif depth:
             depth -= 1
-        else:  # the chat template had opened it
-            inside, outside = [*outside, *inside], []
+        else:
+            settled = len(parts)  # the chat template had opened it: all until here is reasoning
     tail = text[at:]
-    if depth and (opening := _ANSWER.search(tail)):  # never closed, but the answer did come
-        inside.append(tail[: opening.start()])
-        outside.append(tail[opening.start() :])
+    closing = [m for m in _ANSWER.finditer(tail) if m[1]] if depth else []
+    if closing and not any(c.isalnum() for c in tail[closing[-1].end() :]):
+        # never closed, but the answer did come: in full, and last. A mere mention of it, cut off by the budget, is none
+        opening = _ANSWER.search(tail)
+        start = opening.start() if opening is not None and not opening[1] else len(tail)
+        parts += [(tail[:start], True), (tail[start:], False)]
     else:
-        (inside if depth else outside).append(tail)
-    return "".join(outside), "\n".join(part.strip() for part in inside if part.strip())
+        parts.append((tail, depth > 0))
+    outside = [part for k, (part, inside) in enumerate(parts) if not inside and k >= settled]
+    inside = [part.strip() for k, (part, inside) in enumerate(parts) if inside or k < settled]
+    return " ".join(outside), "\n".join(part for part in inside if part)
 
 
 def _last_answer(text: str) -> tuple[str, str | None, bool]:
@@ -104,12 +114,20 @@ def _last_answer(text: str) -> tuple[str, str | None, bool]:
     return "", None, False
 
 
+def _ends_with_keep(answer: str) -> bool:
+    """As a sentence of its own: "Nothing is missing. KEEP"."""
+    words = answer.split()
+    return len(words) > 1 and words[-1].strip(".!*\"'`") == KEEP and words[-2][-1] in ".:!?"
+
+
 def _bare(answer: str) -> str:
     """One line, without fences, a label, and quotes around it all."""
     text = _ANSWER.sub(" ", answer).strip()
-    if fence := _FENCE.match(text):
-        text = fence[1].strip()
-    text = _LABEL.sub("", text).strip()
-    if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and not set(text[1:-1]) & {text[0], text[-1]}:
-        text = text[1:-1]
-    return " ".join(text.split())
+    if (fence := _FENCE.match(text)) and fence[1].strip():
+        text = fence[1]
+    text = " ".join(text.split())
+    for _ in range(3):  # quotes around the label, around the prompt, or both
+        text = _LABEL.sub("", text).strip()
+        if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and not set(text[1:-1]) & {text[0], text[-1]}:
+            text = text[1:-1].strip()
+    return text

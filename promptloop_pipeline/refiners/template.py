@@ -65,10 +65,8 @@ class Template:
         pictures = {"image": image, "source": source}
         if "continue" in self.sections:
             return _fill(self.sections["continue"], view)
-        section = self.sections.get("user") if image is not None else None
-        if section is None or "{image}" not in section:
-            section = self.sections.get("user without image") or self.sections.get("user")
-        if section is None or any(pictures[m] is None for m in _PICTURE.findall(section)):
+        section = self._section({name for name, picture in pictures.items() if picture is not None})
+        if section is None:
             return None
         content: list[dict[str, Any]] = []
         for k, part in enumerate(_PICTURE.split(section)):
@@ -82,6 +80,14 @@ class Template:
             messages.insert(0, {"role": "system", "content": system})
         return messages
 
+    def _section(self, there: set[str]) -> str | None:
+        """The first one whose pictures are all there; [user] without a picture of its own stands back where there is none at all."""
+        order = ["user", "user without image"]
+        if not there or not _PICTURE.search(self.sections.get("user", "")):
+            order.reverse()
+        found = (self.sections[title] for title in order if title in self.sections)
+        return next((section for section in found if set(_PICTURE.findall(section)) <= there), None)
+
 
 def load_template(template: str | Path | Template) -> Template:
     """By name ("repair") or by path. Raises FileNotFoundError naming what there is, ValueError naming the file and what is wrong."""
@@ -92,7 +98,11 @@ def load_template(template: str | Path | Template) -> Template:
         raise FileNotFoundError(
             f"there is no template {str(template)!r}; use one of {', '.join(names())}, or the path of a file of your own"
         )
-    return parse_template(path.read_text(encoding="utf-8"), path.stem, str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark in front
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({e})") from e
+    return parse_template(text, path.stem, str(path))
 
 
 def parse_template(text: str, name: str, where: str) -> Template:
@@ -115,7 +125,10 @@ def parse_template(text: str, name: str, where: str) -> Template:
         else:
             allowed = f'"answer: tags", "answer: text", or one of {", ".join(kinds)} with a number'
             raise ValueError(f"{where}: cannot read {line!r} before the first section; use {allowed}")
-    sections = {title.strip().lower(): body.strip("\n") for title, body in zip(rest[::2], rest[1::2], strict=True)}
+    titles = [title.strip().lower() for title in rest[::2]]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise ValueError(f"{where}: the section [{twice[0]}] is there more than once; give it once")
+    sections = {title: body.strip("\n") for title, body in zip(titles, rest[1::2], strict=True)}
     if unknown := [s for s in sections if s not in SECTIONS]:
         raise ValueError(f"{where}: unknown section [{unknown[0]}]; use {', '.join(f'[{s}]' for s in SECTIONS)}")
     if not set(sections) & set(SECTIONS[1:]):
@@ -125,7 +138,10 @@ def parse_template(text: str, name: str, where: str) -> Template:
             raise ValueError(f"{where}: unknown placeholder {{{unknown[0]}}}; use {', '.join(f'{{{p}}}' for p in PLACES)}")
         if title not in ("user", "user without image") and _PICTURE.search(body):
             raise ValueError(f"{where}: a picture can only stand in [user], not in [{title}]")
-    Sampling(**sampling)
+    try:
+        Sampling(**sampling)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
     return Template(name, lines[0].removeprefix("Source:").strip(), sections, tags, sampling)
 
 

@@ -111,6 +111,11 @@ class TransformersChat:
     def _generate(self, conversations: list[Conversation], sampling: Sampling, rows: Sequence[int]) -> list[Completion]:
         inputs = self._inputs(conversations)
         start = inputs["input_ids"].shape[1]
+        room = self._context() - start
+        if room < 1 and len(conversations) > 1:  # not all of them need be too long
+            return [self._generate([c], sampling, [row])[0] for c, row in zip(conversations, rows, strict=True)]
+        if room < 1:
+            return [Completion(error=f"there is no room for an answer: {start} tokens, and {self!r} holds {self._context()}")]
         draw = _Draw(sampling, rows)
         greedy = {
             "do_sample": False,
@@ -123,8 +128,9 @@ class TransformersChat:
             greedy |= {"num_beams": sampling.num_beams, "length_penalty": sampling.length_penalty}
         else:
             greedy |= {"logits_processor": [draw], "num_beams": 1}
+        budget = min(sampling.max_new_tokens, room)
         output = self.model.generate(
-            **inputs, **greedy, max_new_tokens=sampling.max_new_tokens, max_length=None, stopping_criteria=[_OnToken(self)]
+            **inputs, **greedy, max_new_tokens=budget, max_length=None, stopping_criteria=[_OnToken(self)]
         )
         ends = self._ends()
         found = []
@@ -191,6 +197,11 @@ class TransformersChat:
                 if token.strip() and token in text:
                     text, found = text.replace(token, " "), True
         return text
+
+    def _context(self) -> int:
+        """How many tokens the model has positions for; one more may end the process on a GPU."""
+        text = self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
+        return getattr(text, "max_position_embeddings", None) or 2**31
 
     def _ends(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id
@@ -293,6 +304,8 @@ def _processor(name: str, where: dict[str, Any]) -> tuple[bool, Any]:
         raise OSError(
             f"cannot load the refiner {name!r}: no such model in a folder or on the hub, or no way to reach it ({_first_line(e)})"
         ) from e
+    except ValueError as e:  # no config.json, or one of a model that this transformers does not know
+        raise ValueError(f"cannot load the refiner {name!r}: {_first_line(e)}") from e
     except (ImportError, AttributeError) as e:  # a processor with a video part, without torchvision: AttributeError
         raise ImportError(
             f'the processor of {name!r} needs packages that are not there: pip install "promptloop[vlm]", with a torchvision that '
