@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+NEED_SIGHT = 'use a vision-language model, or a template for text such as "reprompt"'
 Message = dict[str, Any]
 """{"role": "system" | "user", "content": [{"type": "text", "text": str} | {"type": "image", "image": PIL image}, ...]}"""
 Conversation = list[Message] | str

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..refiner import Refinement, View
-from .chat import ChatModel, Completion, Conversation, Sampling
+from .chat import NEED_SIGHT, ChatModel, Completion, Conversation, Sampling
 from .parsing import parse_answer
 from .template import Template, load_template
 
@@ -46,10 +46,7 @@ class MLLMRefiner:
         self.chat, self.template, self.max_pixels = chat, load_template(template), max_pixels
         self.sampling = Sampling(**(self.template.sampling | sampling))
         if self.template.shows and not chat.sees:
-            raise ValueError(
-                f"the template {self.template.name!r} shows pictures, and {chat!r} takes text only; "
-                'use a vision-language model, or a template for text such as "reprompt"'
-            )
+            raise ValueError(f"the template {self.template.name!r} shows pictures, and {chat!r} takes text only; {NEED_SIGHT}")
 
     @classmethod
     def from_pretrained(cls, model: str | Path, template: str | Path | Template = "repair", **options: Any) -> MLLMRefiner:
@@ -63,7 +60,7 @@ class MLLMRefiner:
         template = load_template(template)  # a mistake shows before the weights are read
         own, rest = _split(options)
         cls(_Nothing(), template, **own)
-        return cls(TransformersChat.from_pretrained(model, **rest), template, **own)
+        return cls(TransformersChat.from_pretrained(model, pictures=template.shows, **rest), template, **own)
 
     @classmethod
     def from_endpoint(

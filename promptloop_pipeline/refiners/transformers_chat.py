@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from .chat import Completion, Conversation, Sampling
+from .chat import NEED_SIGHT, Completion, Conversation, Sampling
 
 QUANTIZATION = ("4bit", "8bit")
 _WHERE: tuple[str, ...] = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
@@ -58,15 +58,15 @@ class TransformersChat:
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, dtype: Any = None, device: str | None = None, quantization: Any = None,
-        adapter: str | Path | None = None, logprobs: bool = False, batch_size: int | None = None,
+        adapter: str | Path | None = None, pictures: bool = False, logprobs: bool = False, batch_size: int | None = None,
         template_kwargs: dict[str, Any] | None = None, **options: Any,
     ) -> TransformersChat:  # fmt: skip
         """name: a hub id or a folder; that of a PEFT adapter loads its base model too.
 
         dtype: a torch dtype or its name; default: as saved, float32 on a CPU. device: "cuda", "cpu", "auto" (accelerate spreads
         the model), ...; default: the best there is. quantization: "4bit" or "8bit" (bitsandbytes), or a quantization config.
-        adapter: a PEFT folder or hub id. options: to the model's own `from_pretrained`. Code from the hub is never run unless
-        `trust_remote_code=True`.
+        adapter: a PEFT folder or hub id. pictures: refuse a model that takes text only, before its weights are read. options: to the
+        model's own `from_pretrained`. Code from the hub is never run unless `trust_remote_code=True`.
 
         Raises OSError for what is not there, ValueError for what cannot be used, ImportError saying what to install.
         """
@@ -75,6 +75,8 @@ class TransformersChat:
             adapter, name = name, _base_of(name)
         where = {k: v for k, v in options.items() if k in _WHERE}
         sees, processor = _processor(name, where)
+        if pictures and not sees:
+            raise ValueError(f"pictures are to be shown, and the model {name!r} takes text only; {NEED_SIGHT}")
         if quantization is not None:
             options["quantization_config"] = _quantized(quantization)
         if device == "auto" or quantization is not None:

@@ -192,7 +192,7 @@ def test_a_batch_equals_its_singles(model, temperature, chat):
     assert [a.text for a in batch] == [a.text for a in singles]
     for a, b in zip(batch, singles, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    assert len({a.token_ids for a in batch}) > 1
+    assert len({a.logprobs for a in batch}) > 1  # rows that differ; a random model may say the same to all of them
 
 
 def test_pictures_and_words_mixed_are_answered_in_order(chat):
