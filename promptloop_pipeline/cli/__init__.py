@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from . import demo, doctor, evaluate, generate, rewrite
+from . import demo, doctor, evaluate, generate, rewrite, score
 
 app = typer.Typer(
     name="promptloop", help="Step-wise prompt refinement for diffusion models.", no_args_is_help=True, add_completion=False,
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("rewrite")(rewrite.rewrite)
+app.command("score")(score.score)
 app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 

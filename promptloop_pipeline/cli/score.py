@@ -1,0 +1,145 @@
+"""`promptloop score`: rewards of pictures on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..rewards.combine import NAMED, RewardSpec, check_name, load_reward, parse_rewards, score_all, weighted_sum
+
+PARTS = ("tokenizer", "clip")
+DTYPES = ("float32", "float16", "bfloat16")
+REWARDS = (
+    "NAME[:WEIGHT][<=CAP], separated by commas; weight 0: shown, and not in the total. Names: "
+    + ", ".join(n for n in NAMED if n != "format")
+    + ', or "module:function" of your own.'
+)
+CHUNK = 64  # pictures in memory at a time
+
+
+def score(
+    images: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option(help="What was asked for: once for all pictures, or as often as there are pictures, in their order."),
+    ],
+    reward: Annotated[str, typer.Option(help=REWARDS)] = "image-reward",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME[:PART]=WEIGHTS, repeatable: a file, folder or hub id that a reward is to use; PART: tokenizer, clip."
+        ),
+    ] = None,
+    refined: Annotated[
+        list[str] | None, typer.Option(help="The prompts that the pictures were made with, once or one for each; for length.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help='"cuda", "cpu", ...; default: the best there is.')] = None,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Pictures at a time through a model.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the scores as CSV.")] = False,
+) -> None:
+    """Scores pictures against what was asked for: raw values in each reward's own unit, and their weighted sum."""
+    specs = parse_rewards(reward)
+    prompts = _for_each("--prompt", prompt, len(images))
+    if not all(p.strip() for p in prompts):
+        raise ValueError('the prompt is empty; say what was asked for, for example "a red circle left of a blue square"')
+    context: dict[str, list[Any]] = {"refined": _for_each("--refined", refined, len(images))} if refined else {}
+    sources = _sources(model or [], specs)
+    _check(specs, bool(refined), dtype, batch, as_json and as_csv)
+    from .output import print_table, quiet_libraries
+
+    quiet_libraries()
+    from ..rewards.images import load_image
+
+    for path in images:  # all of them, before a model is loaded
+        load_image(path)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch}
+    rewards = {s.name: load_reward(s.name, **(options | sources.get(s.name, {}) if _has_model(s.name) else {})) for s in specs}
+    raw: dict[str, list[float | None]] = {s.name: [] for s in specs}
+    from tqdm import tqdm
+
+    starts = range(0, len(images), CHUNK)
+    for start in tqdm(starts, unit_scale=CHUNK, unit="picture", disable=None if len(starts) > 1 else True):
+        part = slice(start, start + CHUNK)
+        given = {key: values[part] for key, values in context.items()}
+        found = score_all(rewards, [load_image(p) for p in images[part]], prompts[part], **given)
+        for name, values in found.items():
+            raw[name] += values
+    rows: list[dict[str, Any]] = [
+        {"image": str(path), "scores": {name: values[k] for name, values in raw.items()}, "total": total}
+        for k, (path, total) in enumerate(zip(images, weighted_sum(raw, specs), strict=True))
+    ]
+    if as_json:
+        weights = [{"name": s.name, "weight": s.weight, "cap": s.cap} for s in specs]
+        print(json.dumps({"rewards": weights, "images": rows}, indent=1))
+    elif as_csv:
+        _print_csv(rows, specs)
+    else:
+        print_table([{"image": str(row["image"]), **{n: _shown(v) for n, v in _columns(row, specs).items()}} for row in rows])
+
+
+def _for_each(option: str, given: list[str], n: int) -> list[str]:
+    if len(given) not in (1, n):
+        raise ValueError(f"{option} is given {len(given)} times for {n} pictures; give it once, or once for each")
+    return given if len(given) == n else given * n
+
+
+def _has_model(name: str) -> bool:
+    return name in NAMED and ".rewards." in NAMED[name][0] and name not in ("length", "format")
+
+
+def _sources(given: list[str], specs: list[RewardSpec]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        whole, equals, source = text.partition("=")
+        name, _, part = whole.partition(":")
+        if not equals or not source.strip() or part not in ("", *PARTS):
+            raise ValueError(
+                f"cannot read --model {text!r}; write NAME=WEIGHTS, such as image-reward=ImageReward.pt, or NAME:PART=WEIGHTS with the "
+                f"part {' or '.join(PARTS)}"
+            )
+        check_name(name)
+        if name not in [s.name for s in specs]:
+            raise ValueError(
+                f"--model {text!r} is for a reward that is not asked for; there are {', '.join(s.name for s in specs)}"
+            )
+        if not _has_model(name):
+            raise ValueError(f"--model {text!r}: the reward {name} has no model")
+        found.setdefault(name, {})[part or "model"] = source
+    return found
+
+
+def _check(specs: list[RewardSpec], refined: bool, dtype: str, batch: int, two_forms: bool) -> None:
+    names = [s.name for s in specs]
+    if "format" in names:
+        raise ValueError("the reward format judges a refiner's answer, and pictures on disk have none; leave it out")
+    if "length" in names and not refined:
+        raise ValueError("the reward length needs --refined, the prompt that the pictures were made with")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
+    if batch < 1:
+        raise ValueError(f"--batch {batch}: give a number from 1 up")
+    if two_forms:
+        raise ValueError("--json and --csv exclude each other; give one")
+
+
+def _columns(row: dict[str, Any], specs: list[RewardSpec]) -> dict[str, float | None]:
+    several = len(specs) > 1 or specs[0].weight != 1 or specs[0].cap is not None
+    return row["scores"] | ({"total": row["total"]} if several else {})
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _print_csv(rows: list[dict[str, Any]], specs: list[RewardSpec]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["image", *_columns(rows[0], specs)])
+    for row in rows:
+        writer.writerow([row["image"], *("" if v is None else v for v in _columns(row, specs).values())])
