@@ -16,7 +16,7 @@ def test_first_screen_runs(tmp_path, monkeypatch, capsys):
     names = {}
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
     assert (tmp_path / "ball.png").is_file()
-    assert "0 no image yet" in capsys.readouterr().out
+    assert "-> large red circle top left , large blue square top right , black background" in capsys.readouterr().out
     assert [t.error for t in names["out"].trajectories[0].turns] == [None] * 5
 
 

@@ -31,21 +31,21 @@ def promptloop(*args, cwd=None, **env):
 
 def test_help_lists_the_commands():
     out = CliRunner().invoke(cli.app, ["--help"]).output
-    for name in ("demo", "generate", "doctor"):
+    for name in ("demo", "generate", "rewrite", "score", "eval", "doctor"):
         assert name in out
 
 
 def test_demo(tmp_path):
     code, out, err = promptloop("demo", "--n", "3", "--out", str(tmp_path / "a"))
     assert code == 0, err
-    for arm in ("raw", "single-shot", "blind schedule", "closed loop"):
+    for arm in ("raw", "single", "blind", "loop", "oracle"):
         assert arm in out
     assert "oracle" in out
     assert (tmp_path / "a" / "index.html").stat().st_size > 10_000
     assert (tmp_path / "a" / "overview.png").is_file()
     found = load(tmp_path / "a")
-    assert len(found) == 12
-    assert [t.meta["seed"] for t in found] == [0, 1, 2] * 4
+    assert len(found) == 15
+    assert [t.meta["seed"] for t in found] == [0, 1, 2] * 5
     assert len({t.request for t in found}) == 3
     assert all(set(t.scores) == {"score", "strict"} for t in found)
 
@@ -54,7 +54,7 @@ def test_demo(tmp_path):
     assert Path(figures["report"]).parent == tmp_path / "a-2"  # the first run is still there
     again = load(tmp_path / "a-2")
     assert [t.image.tobytes() for t in again] == [t.image.tobytes() for t in found]
-    assert [a["arm"] for a in figures["arms"]] == ["raw", "single-shot", "blind schedule", "closed loop"]
+    assert [a["arm"] for a in figures["arms"]] == ["raw", "single", "blind", "loop", "oracle"]
 
 
 def test_generate(tmp_path):
