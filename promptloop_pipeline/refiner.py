@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -22,6 +22,7 @@ class View:
     sigma: noise level of `image`'s x0-estimate; in [0, 1] for flow matching, noise over signal otherwise; None at the start.
     image: RGB preview of the x0-estimate; None at the start.
     source: the picture that an image-to-image run starts from, if there is one.
+    fit: shortens a prompt to what the host's text encoders hold, as the host will do itself; None where no limit is known.
     turns: earlier turns of this sample, oldest first.
     """
 
@@ -33,6 +34,7 @@ class View:
     image: Image | None = None
     turns: tuple[Turn, ...] = ()
     source: Image | None = None
+    fit: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,3 @@ def main() -> None:
         message = " ".join(str(e).split()) or type(e).__name__
         print(f"promptloop: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("promptloop: cancelled", file=sys.stderr)
-        raise SystemExit(130) from None

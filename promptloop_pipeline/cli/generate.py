@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..refiner import View
 from ..schedule import RefinementSchedule
 from .named import load_refiner
+from .output import check_text, fresh_folder, quiet_libraries
 
 TINY_SCHEDULE = "start, 10%, 15%, 20%, 25%, 30%, 35%, 40%, 45%, 50%, 55%"
 
@@ -53,17 +56,27 @@ def generate(
         replay.refine_at if replay else TINY_SCHEDULE if refiner in ("tiny", "oracle") else "20%, 50%, 80%"
     )
     RefinementSchedule.parse(refine_at).steps(steps)
-    if not prompt.strip():
-        raise ValueError('the prompt is empty; say what you want to see, for example "a red circle left of a blue square"')
+    check_text(prompt)
     if refiner in ("tiny", "oracle"):
         _check_world(prompt, model)
     if model != "tiny" and _looks_like_a_path(model) and not Path(model, "model_index.json").is_file():
         raise FileNotFoundError(f'no pipeline at {model}: expected a folder with model_index.json, a hub id, or "tiny"')
 
-    from .output import fresh_folder, quiet_libraries
-
     quiet_libraries()
     the_refiner = replay or load_refiner(refiner, template, server_model)
+    blind = apriori or not any(RefinementSchedule.parse(refine_at).steps(steps))
+    the_template = getattr(the_refiner, "template", None)
+    if (
+        blind
+        and refine_at != "none"
+        and the_template
+        and the_template.conversation(View(prompt, prompt, 0, steps), None, None) is None
+    ):
+        raise ValueError(
+            f"the template {the_template.name!r} needs a preview, and no turn has one; use --template rewrite, or refine midway"
+        )
+    if replay and (made := json.loads(Path(refiner).read_text(encoding="utf-8")).get("num_steps")) not in (None, steps):
+        print(f"promptloop: {refiner} was made in {made} steps, this run takes {steps}: not the same picture", file=sys.stderr)
     folder = fresh_folder(out)
     import torch
 

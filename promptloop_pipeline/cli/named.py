@@ -20,15 +20,13 @@ def load_refiner(name: str, template: str | Path | None = None, model: str | Non
     template: for language models; default: "repair". model: the model's name on a server. options: of `MLLMRefiner`.
     Raises ValueError, OSError or ImportError with one clear line.
     """
+    if name in ("none", "tiny", "oracle") or name.endswith(".json"):
+        _refuse(name, template=template, server_model=model)
     if name == "none":
         from ..refiners.scripted import NoOpRefiner
 
         return NoOpRefiner()
     if name in ("tiny", "oracle"):
-        if template is not None:
-            raise ValueError(
-                f"the refiner {name!r} has a template of its own; leave out --template {template}, or give another model"
-            )
         from .. import tiny
 
         return tiny.OracleRefiner() if name == "oracle" else tiny.load_refiner()
@@ -37,17 +35,24 @@ def load_refiner(name: str, template: str | Path | None = None, model: str | Non
         from ..replay import load_schedule
 
         return ScheduleRefiner(load_schedule(name))
-    if re.match(r"https?://", name):
+    if re.match(r"https?://", name) or re.fullmatch(r"[\w.-]+:\d+(/\S*)?", name):
         from ..refiners.mllm import MLLMRefiner
 
         return MLLMRefiner.from_endpoint(name, model, template or "repair", **options)
     if re.fullmatch(r"[\w.]+:[\w.]+", name) and not Path(name).exists():
+        _refuse(name, template=template, server_model=model)
         return _own(name)
     if not (Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise ValueError(f"unknown refiner {name!r}; use {ALLOWED}")
     from ..refiners.mllm import MLLMRefiner
 
     return MLLMRefiner.from_pretrained(name, template or "repair", **options)
+
+
+def _refuse(name: str, **given: Any) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"the refiner {name!r} has no use for {option} {value!r}; leave it out, or name a language model")
 
 
 def _own(name: str) -> Any:

@@ -15,6 +15,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+def check_text(prompt: str) -> None:
+    """Raises ValueError for a prompt that is empty, or not UTF-8 (a terminal's other encodings arrive as lone surrogates)."""
+    if not prompt.strip():
+        raise ValueError('the prompt is empty; say what you want to see, for example "a red circle left of a blue square"')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"the prompt {prompt!r:.80} is not UTF-8; set the terminal to UTF-8") from e
+
+
 def fresh_folder(wanted: Path) -> Path:
     """`wanted`, or its first numbered neighbour if something is there already: nothing is ever written over.
 

@@ -30,10 +30,9 @@ def rewrite(
     as_json: Annotated[bool, typer.Option("--json", help="Print prompt, reasoning and raw output as JSON.")] = False,
 ) -> None:
     """Prints the rewritten prompt; the prompt as it was, where the rewriter keeps it."""
-    if not prompt.strip():
-        raise ValueError('the prompt is empty; say what you want to see, for example "a red circle left of a blue square"')
-    from .output import quiet_libraries
+    from .output import check_text, quiet_libraries
 
+    check_text(prompt)
     quiet_libraries()
     from ..refiner import View
     from ..session import RefinerError, Session

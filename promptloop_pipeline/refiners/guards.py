@@ -67,6 +67,10 @@ class GuardedRefiner:
             if not has_term(prompt, term) and (has_term(view.request, term) or has_term(view.prompt, term)):
                 prompt = _join(prompt, term)
                 notes.append(f"put back: {term!r}")
+        for term in self.must_keep if view.fit else ():  # what is too long is cut at its end
+            if has_term(prompt, term) and not has_term(view.fit(prompt), term):  # type: ignore[misc]
+                prompt = _join(term, prompt)
+                notes.append(f"put in front, lest it be cut off: {term!r}")
         if self.max_change is not None and (share := change(view.prompt, prompt)) > self.max_change:
             notes.append(f"not taken: it changes {share:.0%} of the words, more than {self.max_change:.0%}: {prompt!r}")
             return replace(answer, prompt=None, notes=tuple(notes))

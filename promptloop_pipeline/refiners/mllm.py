@@ -70,6 +70,7 @@ class MLLMRefiner:
         from .endpoint import EndpointChat
 
         own, rest = _split(options)
+        own = {"num_beams": 1} | own  # servers have no beam search
         return cls(EndpointChat(url, model, **rest), load_template(template), **own)
 
     @property
@@ -94,7 +95,9 @@ class MLLMRefiner:
         if len(said) != len(conversations):
             raise ValueError(f"{self.chat!r} gave {len(said)} completions for {len(conversations)} conversations")
         answers = iter(said)
-        return [Refinement() if c is None else self._read(next(answers)) for c in asked]
+        missing = "a picture to start from" if "{source}" in str(self.template.sections) else "a preview"
+        unasked = Refinement(notes=(f"not asked: the template {self.template.name!r} needs {missing}, and there is none",))
+        return [unasked if c is None else self._read(next(answers)) for c in asked]
 
     def _read(self, said: Completion) -> Refinement:
         found: dict[str, Any] = {

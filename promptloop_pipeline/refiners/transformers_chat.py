@@ -61,7 +61,7 @@ class TransformersChat:
         adapter: str | Path | None = None, pictures: bool = False, logprobs: bool = False, batch_size: int | None = None,
         template_kwargs: dict[str, Any] | None = None, **options: Any,
     ) -> TransformersChat:  # fmt: skip
-        """name: a hub id or a folder; that of a PEFT adapter loads its base model too.
+        """name: a hub id or a folder; a PEFT adapter's folder loads its base model too.
 
         dtype: a torch dtype or its name; default: as saved, float32 on a CPU. device: "cuda", "cpu", "auto" (accelerate spreads
         the model), ...; default: the best there is. quantization: "4bit" or "8bit" (bitsandbytes), or a quantization config.
@@ -89,7 +89,7 @@ class TransformersChat:
         except OSError as e:
             raise OSError(f"cannot load the weights of the refiner {name!r}: {_first_line(e)}") from e
         if adapter is not None:
-            model = _with_adapter(model, adapter)
+            model = _with_adapter(model, _known(adapter), {k: v for k, v in where.items() if k != "trust_remote_code"})
         if "device_map" not in options:
             model = model.to(device)
         return cls(model.eval(), processor, logprobs=logprobs, batch_size=batch_size, template_kwargs=template_kwargs)
@@ -327,15 +327,15 @@ def _quantized(quantization: Any) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _with_adapter(model: Any, adapter: str | Path) -> Any:
+def _with_adapter(model: Any, adapter: str, where: dict[str, Any]) -> Any:
     try:
         from peft import PeftModel
     except ImportError as e:
         raise ImportError('an adapter needs peft: pip install "promptloop[adapters]"') from e
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
+        return PeftModel.from_pretrained(model, adapter, **where)
     except (OSError, ValueError) as e:
-        raise OSError(f"cannot load the adapter {str(adapter)!r}: expected a PEFT folder or hub id ({_first_line(e)})") from e
+        raise OSError(f"cannot load the adapter {adapter!r}: expected a PEFT folder or hub id ({_first_line(e)})") from e
 
 
 def _first_line(error: BaseException) -> str:

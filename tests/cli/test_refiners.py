@@ -97,9 +97,11 @@ def test_a_server_that_is_not_there_costs_no_image(run, tmp_path, monkeypatch): 
         (("rewrite", "a cat", "--rewriter", "nobody/nothing"), "cannot load the refiner 'nobody/nothing'"),
         (("rewrite", "a cat", "--rewriter", "http://127.0.0.1:9", "--preset", "nice"), "there is no template 'nice'; use one"),
         (("rewrite", "a cat", "--rewriter", "http://127.0.0.1:9", "--preset", "repair"), "needs the preview of a running generation"),
-        (("rewrite", RED, "--rewriter", "tiny", "--preset", "plain"), "the refiner 'tiny' has a template of its own"),
+        (("rewrite", RED, "--rewriter", "tiny", "--preset", "plain"), "the refiner 'tiny' has no use for template 'plain'"),
         (("generate", RED, "--refiner", "no.json"), "no prompt schedule at no.json"),
         (("generate", RED, "--refiner", "http://127.0.0.1:9", "--template", "nice"), "there is no template 'nice'"),
+        (("generate", RED, "--refiner", "127.0.0.1:9", "--apriori"), "the template 'repair' needs a preview, and no turn has one"),
+        (("generate", RED, "--refiner", "127.0.0.1:9", "--refine-at", "start"), "the template 'repair' needs a preview"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(run, args, message, tmp_path, monkeypatch):  # noqa: F811

@@ -13,7 +13,15 @@ TEMPLATE = (
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIGHT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
 
@@ -109,7 +117,13 @@ def gpt2():
     alphabet = sorted(ByteLevel.alphabet())
     t = transformers.GPT2Tokenizer(vocab={c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, merges=[])
     config = transformers.GPT2Config(
-        vocab_size=len(t), n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=t.eos_token_id, eos_token_id=t.eos_token_id
+        vocab_size=len(t),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        bos_token_id=t.eos_token_id,
+        eos_token_id=t.eos_token_id,
     )
     return transformers.GPT2LMHeadModel(config), t
 

@@ -242,3 +242,12 @@ def test_bad_arguments():
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="use a share from 0"):
             GuardedRefiner(NoOpRefiner(), max_change=share)
+
+
+def test_a_term_that_the_encoders_would_cut_off_is_put_in_front():
+    cut = View("a photo of three cats", "a cat", 0, 9, fit=lambda text: " ".join(text.split()[:6]))
+    long = "a very long and winding description of cats, three of them"
+    (a,) = GuardedRefiner(FunctionRefiner(lambda v: long), must_keep=["three"]).refine([cut])
+    assert a.prompt == f"three, {long}" and any("put in front" in n for n in a.notes)
+    (a,) = GuardedRefiner(FunctionRefiner(lambda v: "one two three four"), must_keep=["three"]).refine([cut])
+    assert a.prompt == "one two three four" and not a.notes
