@@ -167,7 +167,7 @@ def test_resume_equals_never_having_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(glossary, "MIXTURE", {"request": 1, "dictionary": 1, "last": 1, "repair": 2, "read": 1})
     monkeypatch.setattr(glossary, "WIDER", glossary.MIXTURE)
     monkeypatch.setattr("promptloop_training.tiny_generator.SAVE_EVERY", 2)
-    steps = ("--pictures", "6", "--vision-steps", "3", "--sft-steps", "3", "--widen-steps", "3", "--watch-every", "0")
+    steps = ("--pictures", "3", "--vision-steps", "3", "--sft-steps", "3", "--widen-steps", "3", "--watch-every", "0")
     recipe.main(["--out", str(tmp_path / "whole"), *steps])
     update, count = recipe.Stage.update, 0
 
