@@ -122,7 +122,7 @@ def generate(
     for k, t in enumerate(result.trajectories):
         for turn in t.turns:
             what = turn.error or (f"{turn.before!r} -> {turn.after!r}" if turn.changed else "kept")
-            print(f"image {seed + k}, step {turn.step} of {turn.num_steps}: {what}")
+            print(f"image {seed + k}, step {turn.step} of {turn.num_steps}: {'; '.join([what, *turn.notes])}")
         print(
             f"image {seed + k}: {folder / f'{seed + k}.png'}"
             + "".join(f"  {name} {value:.3f}" for name, value in t.scores.items() if value is not None)

@@ -139,7 +139,11 @@ def _turn(turn: Turn, arm: str) -> str:
     if turn.error is not None:
         where = f"Failed: {escape(turn.boundary)}" if turn.boundary else "Failed"
         error = f'\n<div class="error"><strong>{where}</strong><p dir="auto">{escape(turn.error)}</p></div>'
-    rows = {"Seen": escape(turn.reasoning), "Prompt": word_diff(turn.before, turn.after), "Time": escape(", ".join(costs))}
+    notes = [*turn.notes, *([f"acted from step {turn.applied} on"] if turn.applied is not None else [])]
+    rows = {
+        "Seen": escape(turn.reasoning), "Prompt": word_diff(turn.before, turn.after), "Notes": escape("; ".join(notes)),
+        "Time": escape(", ".join(costs)),
+    }  # fmt: skip
     said = (f'<dt>{name}</dt><dd dir="auto">{content}</dd>\n' for name, content in rows.items() if content)
     head = f"<h4>{when[0].upper()}{when[1:]}{note}</h4>{error}"
     return f'\n<li><div class="thumbnail">{picture}</div>\n<div>{head}\n<dl>{"".join(said)}</dl></div></li>'

@@ -121,6 +121,12 @@ def test_timeline(tmp_path: Path) -> None:
     assert page.texts("ins") == [" black", " white", ", asleep"] and page.texts("del") == [" black"]
 
 
+def test_notes(tmp_path: Path) -> None:
+    turn = Turn(1, 4, "p", "q", notes=("put back: '<b>'", "cut"), applied=3)
+    _, page = write(tmp_path, Arm("a", "", [Trajectory("x", [turn])]))
+    assert "Notesput back: '<b>'; cut; acted from step 3 on" in page.texts("li")[0]
+
+
 def test_counts(tmp_path: Path) -> None:
     kept = Arm("a", "", [Trajectory("x", [Turn(1, 2, "p", "p")])])
     _, page = write(tmp_path, kept)
