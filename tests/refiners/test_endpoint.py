@@ -124,7 +124,7 @@ def test_messages_and_pictures():
     assert shown["type"] == "image_url" and head == "data:image/png;base64"
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), np.asarray(image))
     del body["messages"]
-    assert body == {"model": "tiny-vlm", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3}
+    assert body == {"model": "tiny-vlm", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3 * 1_000_033}
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK", "I;16"])
@@ -153,7 +153,10 @@ def test_answers_in_order_and_requests_bounded():
         said = chat(server, concurrency=3).generate([f"p{k}" for k in range(10)], Sampling(seed=5))
         assert [c.text for c in said] == [f"p{k}!" for k in range(10)]
         assert server.most == 3
-        assert {b["messages"][0]["content"]: b["seed"] for b in server.requests} == {f"p{k}": 5 + k for k in range(10)}
+        seeds = {b["messages"][0]["content"]: b["seed"] for b in server.requests}
+        chat(server).generate(["again"] * 10, Sampling(seed=6))  # another turn's noise is other noise
+        assert [seeds[f"p{k}"] - seeds["p0"] for k in range(10)] == list(range(10))
+        assert not {b["seed"] for b in server.requests[10:]} & {*seeds.values()} and max(seeds.values()) < 2**31
 
 
 def test_nothing_to_ask():
