@@ -26,10 +26,39 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger("promptloop")
+_LATE = "the refiner's answer came too late to act"
+_INTERRUPTED = "not applied: the run was interrupted"
 
 
 class RefinerError(RuntimeError):
     """A turn failed and the session is strict."""
+
+
+def check_refiner(refiner: Any) -> None:
+    """Raises TypeError for what is none."""
+    if isinstance(refiner, type) or not callable(getattr(refiner, "refine", None)):
+        what = f"the class {refiner.__name__}" if isinstance(refiner, type) else type(refiner).__name__
+        raise TypeError(f"{what} is no refiner: give an object with a method refine(views) -> list of Refinement")
+
+
+Cancel = type[BaseException] | Iterable[type[BaseException]]
+
+
+def check_modes(
+    *, strict: bool = False, cancel: Cancel = (), apriori: bool = False, asynchronous: bool | int = False
+) -> tuple[type[BaseException], ...]:
+    """Raises ValueError or TypeError for what a session cannot work with. Returns `cancel` as a tuple, as `isinstance` wants it."""
+    for name, value in (("strict", strict), ("apriori", apriori)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; use True or False")
+    types = tuple(cancel) if isinstance(cancel, (tuple, list, set, frozenset)) else (cancel,)
+    if bad := [t for t in types if not (isinstance(t, type) and issubclass(t, BaseException))]:
+        raise TypeError(f"cancel names {bad[0]!r}; give types of exceptions, as in cancel=(KeyError,)")
+    if not isinstance(asynchronous, (bool, int)) or asynchronous < 0:
+        raise ValueError(f"asynchronous is {asynchronous!r}; use False, True, or a number of steps from 1 on")
+    if apriori and asynchronous:
+        raise ValueError("apriori and asynchronous exclude each other: what is written beforehand is not waited for; drop one")
+    return types
 
 
 class Session:
@@ -38,6 +67,8 @@ class Session:
     requests: the users' words, one for each sample.
     strict: a failing turn raises RefinerError; otherwise it is recorded, the prompt stays, and the run goes on.
     cancel: exception types by which the host stops a run; they always get through (KeyboardInterrupt does anyway).
+    interrupted: whether the host has stopped the run in another way: what comes of a question meanwhile is recorded and not applied,
+        and a refiner that has `on_token` is stopped after the token at hand.
     sources: the pictures that an image-to-image run starts from, for the refiner to see.
     fit: shortens a refined prompt to what the host's text encoders can hold; what it leaves out is noted.
     apriori: all prompts are written before the first step, without pictures (PromptLoop's open-loop mode); "end" looks as ever.
@@ -54,28 +85,22 @@ class Session:
         schedule: str | int | Iterable[str | int] | RefinementSchedule,
         *,
         strict: bool = False,
-        cancel: tuple[type[BaseException], ...] = (),
+        cancel: Cancel = (),
         meta: Sequence[dict[str, Any]] | None = None,
         sources: Sequence[Image | None] | None = None,
         fit: Callable[[str], str] | None = None,
         apriori: bool = False,
         asynchronous: bool | int = False,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         if not requests:
             raise ValueError("the list of prompts is empty; give at least one prompt")
         if bad := [r for r in requests if not isinstance(r, str)]:
             raise TypeError(f"a prompt must be text, not {type(bad[0]).__name__} {bad[0]!r}")
-        if isinstance(refiner, type) or not callable(getattr(refiner, "refine", None)):
-            what = f"the class {refiner.__name__}" if isinstance(refiner, type) else type(refiner).__name__
-            raise TypeError(f"{what} is no refiner: give an object with a method refine(views) -> list of Refinement")
-        if not isinstance(asynchronous, (bool, int)) or asynchronous < 0:
-            raise ValueError(f"asynchronous is {asynchronous!r}; use False, True, or a number of steps from 1 on")
-        if apriori and asynchronous:
-            raise ValueError(
-                "apriori and asynchronous exclude each other: what is written beforehand is not waited for; drop one"
-            )
+        check_refiner(refiner)
+        cancel = check_modes(strict=strict, cancel=cancel, apriori=apriori, asynchronous=asynchronous)
         self.refiner, self.strict, self.cancel, self.fit = refiner, strict, cancel, fit
-        self.apriori, self.asynchronous = apriori, asynchronous
+        self.apriori, self.asynchronous, self.interrupted = apriori, asynchronous, interrupted
         self.schedule = RefinementSchedule.parse(schedule)
         self.trajectories = [Trajectory(r, meta=dict(m)) for r, m in zip(requests, meta or [{}] * len(requests), strict=True)]
         self.sources = sources or [None] * len(requests)
@@ -93,12 +118,15 @@ class Session:
     def start(self, num_steps: int) -> None:
         """Raises ValueError when the schedule names a step beyond `num_steps`."""
         self.num_steps, self.due = num_steps, self.schedule.steps(num_steps)
-        for step in self.due if self.apriori else ():
-            if step < num_steps:
-                self._take(step, None, None)
-                self._planned[step] = [t.turns[-1] for t in self.trajectories]
-        for t in self.trajectories if self._planned else ():
-            del t.turns[-len(self._planned) :]
+        had = len(self.trajectories[0].turns)
+        try:
+            for step in self.due if self.apriori else ():
+                if step < num_steps:
+                    self._take(step, None, None)
+                    self._planned[step] = [t.turns[-1] for t in self.trajectories]
+        finally:  # nothing of it has been applied yet
+            for t in self.trajectories:
+                del t.turns[had:]
 
     def wants(self, step: int) -> bool:
         """Whether `observe` has anything to do at this step; the host may leave it uncalled otherwise."""
@@ -111,10 +139,14 @@ class Session:
         Returns the prompts for all samples when any of them changed, else None.
         """
         before, self._seen = self.prompts, len(self.trajectories[0].turns)
-        if self._waiting and self._waiting.ready(step):
-            self._settle(self._waiting, step)
+        if self._waiting and self._waiting.ready(step, self.cancel):
+            if self._waiting.wait():
+                self._settle(self._waiting, step)
+            else:
+                self.give_up(_INTERRUPTED)
         if step in self._planned:
-            for t, turn in zip(self.trajectories, self._planned[step], strict=True):  # an earlier one may have been taken back
+            for t, turn in zip(self.trajectories, self._planned.pop(step), strict=True):
+                # an earlier one may have been taken back
                 t.turns.append(replace(turn, before=t.prompt, after=turn.after if turn.changed else t.prompt))
         elif step in self.due and self._waiting:
             self._pass(step, sigma, f"left out: the refiner was still busy with step {self._waiting.step}")
@@ -123,18 +155,22 @@ class Session:
         return self.prompts if self.prompts != before else None
 
     def _take(self, step: int, sigma: float | None, preview: Callable[[], Sequence[Image]] | None) -> None:
-        look = Look(self.refiner, self.trajectories, self.sources, step, self.num_steps, sigma)
+        look = Look(self.refiner, self.trajectories, self.sources, step, self.num_steps, sigma, self.interrupted, self.fit)
+        if self.interrupted():
+            return self._pass(step, sigma, "left out: the run was interrupted")
+        if not look.free():
+            return self._pass(step, sigma, "left out: the refiner was still busy with an earlier question, that was given up")
         look.see(preview)
         if self.asynchronous and step < self.num_steps and look.error is None:
             self._waiting = look
-            look.ask_aside(None if self.asynchronous is True else int(self.asynchronous))
-            return
+            return look.ask_aside(None if self.asynchronous is True else int(self.asynchronous))
         look.ask()
         self._settle(look, step)
 
-    def _settle(self, look: Look, step: int) -> None:
-        """Takes the answers: records them, and what comes of them, as one turn of each sample."""
+    def _settle(self, look: Look, step: int, unused: str | None = None) -> None:
+        """Takes the answers: records them, and what comes of them, as one turn of each sample; unused: why nothing does."""
         self._waiting = None
+        unused = unused or (_INTERRUPTED if look.stopped or self.interrupted() else None)
         answers, error = look.result(), look.error
         if error is not None:
             if self.cancel and isinstance(error, self.cancel):
@@ -142,14 +178,14 @@ class Session:
             if self.strict:
                 raise RefinerError(f"step {look.step}: the {look.boundary} failed: {type(error).__name__}: {error}") from error
         for t, image, a in zip(self.trajectories, look.images, answers, strict=True):
-            said = a.error or (
-                "the refiner answered with an empty prompt" if a.prompt is not None and not a.prompt.strip() else None
-            )
+            empty = a.prompt is not None and not a.prompt.strip() and a.prompt != t.prompt  # an empty request may stay
+            said = a.error or ("the refiner answered with an empty prompt" if empty else None)
             if said and self.strict:
                 raise RefinerError(f"step {look.step}: {said}")
             if said:
                 logger.warning("step %d: %s failed, the prompt is kept: %s", look.step, look.boundary, said)
-            after, notes = t.prompt if said or a.prompt is None else a.prompt, tuple(a.notes)
+            after, notes = t.prompt if said or unused or a.prompt is None else a.prompt, tuple(a.notes)
+            notes += (unused,) if unused else ()
             if self.fit and after != t.prompt and (fitting := self.fit(after)) != after:
                 notes += (
                     f"too long for the text encoder, cut after {fitting[-40:]!r}; left out: {_left_out(after, fitting)!r}",
@@ -159,7 +195,7 @@ class Session:
                 Turn(
                     look.step, self.num_steps, t.prompt, after, look.sigma, image, a.reasoning, a.raw, a.token_ids, a.logprobs,
                     said, look.boundary if said else None, dict(look.seconds), a.tokens, a.format_ok, notes,
-                    applied=step if step != look.step else None,
+                    applied=step if step != look.step and not unused else None,
                 )
             )  # fmt: skip
 
@@ -201,17 +237,26 @@ class Session:
         """
         for t, image in zip(self.trajectories, images or repeat(None, len(self.trajectories)), strict=bool(images)):
             t.image = image
-        if self._waiting:
-            late, self._waiting = self._waiting, None
-            if late.error is not None:  # a failure, or somebody's cancel, is not lost for being late
-                self._settle(late, self.num_steps)
-            else:
-                self._pass(late.step, late.sigma, "the refiner's answer came too late to act")
+        if self._waiting and self._waiting.done:  # what it has said, or raised, is not lost for being late
+            self._settle(self._waiting, self.num_steps, _INTERRUPTED if self.interrupted() else _LATE)
+        self.give_up(_INTERRUPTED if self.interrupted() else _LATE)
         if look and images:
             self.observe(self.num_steps, sigma, lambda: [image.copy() for image in images])  # the originals are the user's
         elif look and preview:
             self.observe(self.num_steps, sigma, preview)
         return self.trajectories
+
+    def give_up(self, note: str) -> None:
+        """Whatever has not acted by now will not: it is recorded with the note, and a refiner at work is told to stop. For a host
+        whose run ends by an exception; `finish` does the same."""
+        late, self._waiting = self._waiting, None
+        if late:
+            late.give_up()
+            self._pass(late.step, late.sigma, note)
+        for step in sorted(self._planned):
+            for t, turn in zip(self.trajectories, self._planned.pop(step), strict=True):
+                notes = (*turn.notes, "the run ended before this step")
+                t.turns.append(replace(turn, before=t.prompt, after=t.prompt, notes=notes))
 
 
 def _left_out(long: str, short: str) -> str:

@@ -1,8 +1,14 @@
 """The loop without any host: a for-loop, pictures of one colour, scripted refiners."""
 
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
 from PIL import Image
 
+import promptloop_pipeline.look
 from promptloop_pipeline import FunctionRefiner, NoOpRefiner, Refinement, RefinerError, ScheduleRefiner, Session
 
 
@@ -294,7 +300,274 @@ def test_answers_of_a_refiner_aside_are_checked_too():
         run(session, 4)
 
 
+def test_an_empty_request_may_stay_empty():
+    session = Session(["", "b"], FunctionRefiner(lambda v: {1: "", 2: "x"}[v.step]), "1, 2", strict=False)
+    assert run(session, 3)[1:] == [("", "b"), ("x", "x")]
+    assert [t.turns[0].error for t in session.trajectories] == [None, "the refiner answered with an empty prompt"]
+    run(Session([""], FunctionRefiner(lambda v: ""), "1", strict=True), 3)
+
+
+# --- a refiner that is told to stop ---------------------------------------------------------------------------------------
+
+
+class Thinking:
+    """Thinks on and on, one token every 2 ms, until its `on_token` raises, or somebody lets it answer."""
+
+    looks = False
+
+    def __init__(self, prompt="new"):
+        self.prompt, self.answers, self.on_token = prompt, threading.Event(), None
+        self.now = self.most = self.asked = 0
+
+    def refine(self, views):
+        self.now, self.asked = self.now + 1, self.asked + 1
+        self.most = max(self.most, self.now)
+        try:
+            for _ in range(5000):
+                if self.on_token is not None:
+                    self.on_token()
+                if self.answers.wait(0.002):
+                    return [Refinement(self.prompt, raw="raw", tokens=7) for _ in views]
+            raise AssertionError("nobody stopped it")
+        finally:
+            self.now -= 1
+
+
+class Deaf(Thinking):
+    """Has no `on_token` to be stopped by."""
+
+    on_token = property(lambda self: None)
+
+    def __init__(self, prompt="new"):
+        self.prompt, self.answers = prompt, threading.Event()
+        self.now = self.most = self.asked = 0
+
+
+def until(true):
+    for _ in range(5000):
+        if true():
+            return
+        time.sleep(0.002)
+    raise AssertionError("waited in vain")
+
+
+def test_a_late_question_is_stopped_before_the_next_one():
+    refiner = Thinking()
+    for _ in range(3):  # runs
+        refiner.answers.clear()
+        session = Session(["a"], refiner, "1, end", asynchronous=True)
+        session.start(3)
+        session.observe(1, 0.5, None)
+        until(lambda: refiner.now)
+        asked = refiner.asked
+        threading.Thread(target=lambda asked=asked: (until(lambda: refiner.asked > asked), refiner.answers.set())).start()
+        session.finish(images(1))
+        late, end = session.trajectories[0].turns
+        assert (late.step, late.changed, late.notes) == (1, False, ("the refiner's answer came too late to act",))
+        assert (end.step, end.after, end.notes) == (3, "new", ())
+    assert (refiner.asked, refiner.most, refiner.on_token) == (6, 1, None)
+
+
+def test_a_refiner_that_cannot_be_stopped_is_not_asked_meanwhile(monkeypatch):
+    monkeypatch.setattr(promptloop_pipeline.look, "PATIENCE", 0.01)
+    refiner = Deaf()
+    session = Session(["a"], refiner, "1, end", asynchronous=True)
+    session.start(3)
+    session.observe(1, 0.5, None)
+    thread = session._waiting._thread
+    session.finish(images(1))
+    note = "left out: the refiner was still busy with an earlier question, that was given up"
+    assert [(t.step, t.notes) for t in session.trajectories[0].turns] == [
+        (1, ("the refiner's answer came too late to act",)), (3, (note,)),
+    ]  # fmt: skip
+    other = Session(["a"], refiner, "1")  # of a later run
+    run(other, 2)
+    assert other.trajectories[0].turns[0].notes == (note,)
+    refiner.answers.set()
+    thread.join(60)
+    assert run(Session(["a"], refiner, "1"), 2)[-1] == ("new",)
+    assert refiner.most == 1
+
+
+def test_an_exception_that_ends_the_run_ends_the_question():
+    refiner = Thinking()
+    session = Session(["a"], refiner, "1", asynchronous=True)
+    session.start(3)
+    session.observe(1, 0.5, None)
+    thread = session._waiting._thread
+    session.give_up("the run ended")
+    thread.join(60)
+    assert not thread.is_alive() and refiner.on_token is None
+    assert session.trajectories[0].turns[0].notes == ("the run ended",)
+
+
+def test_at_exit_the_refiner_is_stopped():
+    """A thread that still computes when Python ends is killed in the midst of it: torch then aborts the process."""
+    code = """
+import time
+from promptloop_pipeline import Session
+class Thinking:
+    looks, on_token = False, None
+    def refine(self, views):
+        try:
+            while True:
+                if self.on_token is not None:
+                    self.on_token()
+                time.sleep(0.01)
+        finally:
+            print("stopped", flush=True)
+session = Session(["a"], Thinking(), "0", asynchronous=True)
+session.start(2)
+session.observe(0, None, None)
+time.sleep(0.1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
+
+
+def test_the_users_own_on_token_is_called_and_put_back():
+    class Mine(Exception):
+        pass
+
+    def cancel():
+        raise Mine
+
+    refiner = Thinking()
+    calls = []
+    refiner.on_token = own = lambda: calls.append(1) or len(calls) < 5 or refiner.answers.set()
+    assert run(Session(["a"], refiner, "1"), 2)[-1] == ("new",)
+    assert len(calls) == 5 and refiner.on_token is own
+    for asynchronous in (False, 1):
+        refiner.on_token = cancel
+        with pytest.raises(Mine):
+            run(Session(["a"], refiner, "1", cancel=(Mine,), asynchronous=asynchronous), 4)
+        assert refiner.on_token is cancel
+
+
+def test_runs_that_share_a_refiner_stop_only_their_own_question():
+    refiner, over = Thinking(), threading.Event()
+    refiner.on_token = own = lambda: None
+    sessions = [Session(["a"], refiner, "1", interrupted=stop.is_set) for stop in (over, threading.Event())]
+    threads = [threading.Thread(target=run, args=(session, 2)) for session in sessions]
+    for n, thread in enumerate(threads, 1):
+        thread.start()
+        until(lambda n=n: refiner.asked == n)
+    over.set()
+    threads[0].join(60)
+    refiner.answers.set()
+    threads[1].join(60)
+    assert [s.prompts for s in sessions] == [["a"], ["new"]]
+    assert refiner.on_token is own
+
+
+@pytest.mark.parametrize("mode", [{}, {"asynchronous": 2}, {"apriori": True}, {"strict": True}], ids=str)
+def test_an_interrupt_stops_the_refiner(mode):
+    refiner, over = Thinking(), threading.Event()
+    session = Session(["a", "b"], refiner, "1, 2", interrupted=over.is_set, **mode)
+    threading.Thread(target=lambda: (until(lambda: refiner.now), over.set())).start()
+    assert run(session, 5) == [("a", "b")] * 5
+    for t in session.trajectories:
+        notes = {turn.step: turn.notes[0] for turn in t.turns}
+        assert notes[1] == "not applied: the run was interrupted"
+        assert notes[2].startswith("left out: ") and not any(turn.changed for turn in t.turns)
+    assert (refiner.asked, refiner.on_token) == (1, None)
+
+
+def test_an_interrupted_run_does_not_wait_for_a_refiner_that_cannot_be_stopped():
+    refiner, over = Deaf(), threading.Event()
+    session = Session(["a"], refiner, "1", interrupted=over.is_set, asynchronous=1)
+    threading.Thread(target=lambda: (until(lambda: refiner.now), over.set())).start()
+    clock = time.monotonic()
+    assert run(session, 4)[-1] == ("a",)
+    assert time.monotonic() - clock < 5
+    assert session.trajectories[0].turns[0].notes == ("not applied: the run was interrupted",)
+    refiner.answers.set()
+
+
+def test_an_answer_that_comes_after_an_interrupt_is_recorded_and_not_applied():
+    over = threading.Event()
+    session = Session(
+        ["a"], FunctionRefiner(lambda v: over.set() or Refinement("new", raw="raw")), "1", interrupted=over.is_set
+    )
+    assert run(session, 2)[-1] == ("a",)
+    (turn,) = session.trajectories[0].turns
+    assert (turn.raw, turn.after, turn.notes) == ("raw", "a", ("not applied: the run was interrupted",))
+
+
+def test_planned_turns_that_the_run_does_not_reach_stay_on_record():
+    session = Session(["a"], FunctionRefiner(lambda v: Refinement(f"new {v.step}", raw="raw")), "1, 3", apriori=True)
+    session.start(5)
+    session.observe(1, None, None)
+    session.finish(None, look=False)
+    assert [(t.step, t.after, t.raw, t.notes) for t in session.trajectories[0].turns] == [
+        (1, "new 1", "raw", ()), (3, "new 1", "raw", ("the run ended before this step",)),
+    ]  # fmt: skip
+
+
+def test_a_plan_that_fails_leaves_no_turns_that_seem_applied():
+    answers = {1: Refinement("new", raw="raw"), 3: Refinement(error="cut off")}
+    session = Session(["a"], FunctionRefiner(lambda v: answers[v.step]), "1, 3", apriori=True, strict=True)
+    with pytest.raises(RefinerError, match="step 3: cut off"):
+        session.start(5)
+    session.give_up("the run ended")
+    assert [(t.step, t.after, t.raw) for t in session.trajectories[0].turns] == [(1, "a", "raw")]
+
+
+def asked_late(refiner, **options):
+    """A session that has its answer only when it is about to finish."""
+    session = Session(["a"], refiner, "3", asynchronous=3, **options)
+    session.start(4)
+    session.observe(3, None, lambda: images(1))
+    session._waiting._thread.join(60)
+    return session
+
+
+def test_what_a_late_answer_said_and_cost_is_on_record():
+    session = asked_late(FunctionRefiner(lambda v: Refinement("new", "because", "raw", tokens=7, notes=("guarded",))))
+    (turn,) = session.finish(images(1))[0].turns
+    assert (turn.raw, turn.reasoning, turn.tokens, turn.after, turn.applied) == ("raw", "because", 7, "a", None)
+    assert turn.notes == ("guarded", "the refiner's answer came too late to act")
+    assert turn.image is not None and set(turn.seconds) == {"preview", "refiner"}
+
+
+def test_a_late_breach_of_the_contract_is_reported():
+    session = asked_late(Raw([]))
+    with pytest.raises(ValueError, match="Raw.refine returned 0 answers for 1 views"):
+        session.finish(images(1))
+    assert session.trajectories[0].image is not None
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, Cancelled])
+def test_a_cancel_from_aside_does_not_wait_for_its_step(exception):
+    def cancel(view):
+        raise exception
+
+    session = Session(["a"], FunctionRefiner(cancel), "1", asynchronous=8, cancel=[Cancelled])
+    session.start(10)
+    session.observe(1, 0.5, lambda: images(1))
+    session._waiting._thread.join(60)
+    with pytest.raises(exception):
+        session.observe(2, 0.4, None)
+
+
+def test_cancel_is_types_of_exceptions():
+    def fail(view):
+        raise TimeoutError("no answer")
+
+    for cancel in ([KeyError], KeyError, {KeyError}):
+        session = Session(["a"], FunctionRefiner(fail), "1", cancel=cancel)
+        assert session.cancel == (KeyError,)
+        run(session, 2)
+        assert session.trajectories[0].turns[0].error == "TimeoutError: no answer"
+    for bad in ([KeyError()], "KeyError", (KeyError, 5), [str], None):
+        with pytest.raises(TypeError, match="cancel names .*; give types of exceptions, as in"):
+            Session(["a"], NoOpRefiner(), "1", cancel=bad)
+
+
 def test_bad_modes():
+    for name in ("apriori", "strict"):
+        with pytest.raises(TypeError, match=f"{name} is 'no'; use True or False"):
+            Session(["a"], NoOpRefiner(), "1", **{name: "no"})
     for bad in (-1, "2", 1.5, None):
         with pytest.raises(ValueError, match="asynchronous is .*; use False, True, or a number of steps from 1 on"):
             Session(["a"], NoOpRefiner(), "1", asynchronous=bad)

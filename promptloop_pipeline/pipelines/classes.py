@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ..schedule import RefinementSchedule
+from ..session import check_modes, check_refiner
 from .engine import DEFAULT_SCHEDULE, named_arguments, run
 from .families import family_of, stock_class
+from .gate import check_reward
 
 LOOP = {
     "refiner": None, "refine_at": DEFAULT_SCHEDULE, "preview": None, "strict": False, "cancel": (), "trim": True, "apriori": False,
     "asynchronous": False, "gate": None,
 }  # fmt: skip
+_DEPRECATED = ("callback", "callback_steps")  # what diffusers' calls still take from their **kwargs
+
+
+def check_names(call: Any, pipe: Any, names: Iterable[str], ours: Iterable[str] = LOOP) -> None:
+    """Raises TypeError for an argument that nobody reads: some stock calls have `**kwargs`, and swallow what is misspelt.
+
+    Somebody's own call with `**kwargs` may read, or hand on, whatever it likes.
+    """
+    parameters = inspect.signature(call).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        if call.__module__.split(".")[0] not in ("diffusers", __name__.split(".")[0]):
+            return
+        parameters = {**parameters, **dict.fromkeys(_DEPRECATED)}  # type: ignore[assignment]
+    known = [*ours, *(name for name in parameters if name not in ("self", "args", "kwargs"))]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise TypeError(
+                f"{name} is no argument of {stock_class(pipe).__name__}, nor of the loop"
+                + (f"; did you mean {near[0]}?" if near else f"; those of the loop are {', '.join(ours)}")
+            )
+
+
+def check_loop(loop: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for a value that the loop cannot work with, given now or as a default."""
+    if loop.get("refiner") is not None:
+        check_refiner(loop["refiner"])
+    RefinementSchedule.parse(loop.get("refine_at", DEFAULT_SCHEDULE))
+    check_modes(**{k: loop[k] for k in ("strict", "cancel", "apriori", "asynchronous") if k in loop})
+    if not isinstance(loop.get("trim", True), bool):
+        raise TypeError(f"trim is {loop['trim']!r}; use True or False")
+    preview = loop.get("preview")
+    if preview is not None and not callable(preview):
+        raise TypeError(f"preview is {preview!r:.80}; give None, an AutoencoderTiny, or a function (pipe, x0) -> PIL images")
+    if loop.get("gate") is not None:
+        check_reward(loop["gate"], "gate")
 
 
 def stock_call(pipe: Any) -> Any:
@@ -25,10 +65,17 @@ def stock_call(pipe: Any) -> Any:
 
 
 def _call(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    loop = {k: kwargs.pop(k) for k in LOOP if k in kwargs}
+    loop, call = {k: kwargs.pop(k) for k in LOOP if k in kwargs}, stock_call(pipe)
+    check_names(call, pipe, kwargs)
+    check_loop(loop)
     if loop.get("refiner") is None:
-        return stock_call(pipe)(pipe, *args, **kwargs)
-    return run(pipe, stock_call(pipe), args, kwargs, **loop)
+        return call(pipe, *args, **kwargs)
+    return run(pipe, call, args, kwargs, **loop)
+
+
+def _own_call(pipe: Any) -> Any:
+    """What stands first: for a named class its own call, which knows of the loop and may be somebody's subclass's."""
+    return type(pipe).__call__ if isinstance(pipe, _PromptLoop) else stock_call(pipe)
 
 
 class Attached:
@@ -42,8 +89,7 @@ class Attached:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         loop = {k: kwargs.pop(k) for k in LOOP if k in kwargs}
-        ours = isinstance(self.pipe, _PromptLoop)  # whose call knows of the loop, and may be somebody's own
-        call = type(self.pipe).__call__ if ours else stock_call(self.pipe)
+        ours, call = isinstance(self.pipe, _PromptLoop), _own_call(self.pipe)
         named = self.defaults | named_arguments(self.pipe, call, args, kwargs) | loop
         return self.pipe(**named) if ours else _call(self.pipe, (), named)
 
@@ -79,19 +125,24 @@ def attach(pipe: Any, **defaults: Any) -> Attached:
         but anywhere, and silently.
     apriori: let the refiner write all prompts before the first step, without pictures (PromptLoop's open-loop mode).
     asynchronous: go on sampling while the refiner thinks; True applies the answer at the first step after it came, a number that
-        many steps later.
+        many steps later. A question that is still open when the run ends is given up.
     gate: a reward (`promptloop_pipeline.reward.Reward`; a plain function will do), for runs that must do no harm. The untouched run,
         from the same random state, is made too, unless no prompt was changed; both are scored against the users' requests, and each
         sample's better picture is returned: the refined one if it scores strictly higher. The other one's trajectory is in
         `trajectory.others`, what the gate did in `trajectory.meta["gate"]`. A reward that fails keeps the untouched pictures. Your
         own callbacks are called in both runs, since they may change the picture.
 
-    Raises TypeError for a pipeline that the loop cannot work with, ValueError for an unreadable schedule.
+    `pipe._interrupt = True`, diffusers' own way to stop a run, stops a refiner that has `on_token` after the token at hand, as does
+    giving it up. What it says nevertheless is recorded and not applied.
+
+    Raises TypeError for a pipeline that the loop cannot work with, and for an argument that neither the loop nor the pipeline knows;
+    TypeError or ValueError for what the loop cannot work with, such as an unreadable schedule.
     """
     if isinstance(pipe, Attached):
         pipe, defaults = pipe.pipe, pipe.defaults | defaults
     family_of(pipe)
-    RefinementSchedule.parse(defaults.get("refine_at", DEFAULT_SCHEDULE))
+    check_names(_own_call(pipe), pipe, defaults)
+    check_loop({k: v for k, v in defaults.items() if k in LOOP})
     return Attached(pipe, defaults)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..refiner import Refiner
 from ..reward import Reward
 from ..schedule import RefinementSchedule
-from ..session import Session
+from ..session import Cancel, Session
 from .budget import fit_to
 from .conditioning import Conditioning, Slots, slots_of
 from .families import DENOISERS, MODULES, decode_preview, family_of, stock_class
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        return bool(getattr(self.pipe, "_interrupt", False))
+        return interrupted(self.pipe)
 
     @property
     def latent(self) -> bool:
@@ -263,6 +263,11 @@ def _wrapped(owner: Any, name: str, replacement: Call) -> Iterator[None]:
             setattr(owner, name, previous)
 
 
+def interrupted(pipe: Any) -> bool:
+    """Whether somebody, in a callback or from another thread, has told this run to stop: diffusers' own way."""
+    return bool(getattr(pipe, "_interrupt", False))
+
+
 def _num_calls(pipe: Any) -> int:
     """How often this run will call scheduler.step: image-to-image takes only a tail of the scheduler's timesteps."""
     return getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
@@ -293,7 +298,7 @@ def run(
     refine_at: str | int | Sequence[str | int] | RefinementSchedule = DEFAULT_SCHEDULE,
     preview: Any = None,
     strict: bool = False,
-    cancel: tuple[type[BaseException], ...] = (),
+    cancel: Cancel = (),
     trim: bool = True,
     apriori: bool = False,
     asynchronous: bool | int = False,
@@ -319,8 +324,8 @@ def run(
     requests = [text for text in prompts for _ in range(n)]
     session = Session(
         requests, refiner, refine_at, strict=strict, cancel=cancel, meta=meta_of(pipe, kwargs, len(requests)),
-        sources=sources_of(kwargs.get("image"), len(requests), n),
-        fit=fit_to(pipe, kwargs) if trim else None, apriori=apriori, asynchronous=asynchronous,
+        sources=sources_of(pipe, kwargs, len(requests)), fit=fit_to(pipe, kwargs) if trim else None, apriori=apriori,
+        asynchronous=asynchronous, interrupted=lambda: interrupted(pipe),
     )  # fmt: skip
     this = Run(pipe, call, session, kwargs, preview)
     output, start = None, RandomState(kwargs) if gate is not None else None
@@ -329,7 +334,8 @@ def run(
         this.finish(output)
         if gate is not None and start is not None:
             output = keep_better(this, output, gate, start)
-    except Exception as e:
+    except BaseException as e:  # KeyboardInterrupt too, and a host's own
+        session.give_up("the run ended before the refiner's answer")
         e.trajectories, e.output = session.trajectories, output  # type: ignore[attr-defined]
         raise
     if isinstance(output, tuple):
@@ -338,15 +344,19 @@ def run(
     return output
 
 
-def sources_of(given: Any, samples: int, n: int) -> list[Any] | None:
-    """The pictures that an image-to-image run starts from, one for each sample, where they are pictures."""
+def sources_of(pipe: Any, kwargs: dict[str, Any], samples: int) -> list[Any] | None:
+    """The pictures that an image-to-image run starts from, one for each sample, where they are pictures.
+
+    With `strength`, a call starts from its `image`; without, that is something else, such as a control net's map. Of several pictures
+    diffusers takes the first for the first sample, and so on, over and over: p, p, q, q are begun with a, b, a, b.
+    """
     import PIL.Image
 
+    given = kwargs.get("image") if "strength" in inspect.signature(stock_class(pipe).__call__).parameters else None
     pictures = list(given) if isinstance(given, (list, tuple)) else [given]
-    if not all(isinstance(picture, PIL.Image.Image) for picture in pictures):
+    if not pictures or samples % len(pictures) or not all(isinstance(picture, PIL.Image.Image) for picture in pictures):
         return None
-    spread = [picture for picture in pictures for _ in range(n)] if len(pictures) > 1 else pictures * samples
-    return spread if len(spread) == samples else None
+    return pictures * (samples // len(pictures))
 
 
 def meta_of(pipe: Any, kwargs: dict[str, Any], samples: int) -> list[dict[str, Any]]:

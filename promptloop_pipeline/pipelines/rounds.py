@@ -11,11 +11,11 @@ from typing import Any
 
 from ..refiner import Refiner
 from ..reward import Reward, reward_name
-from ..session import Session
+from ..session import Cancel, Session
 from ..trajectory import Trajectory
 from .budget import fit_to
-from .classes import LOOP, Attached, stock_call
-from .engine import Run, meta_of, named_arguments, sources_of
+from .classes import LOOP, Attached, check_names, stock_call
+from .engine import Run, interrupted, meta_of, named_arguments, sources_of
 from .gate import RandomState, again_from, beats, check_reward, failure, put_together, score
 
 
@@ -27,7 +27,7 @@ def refine_in_rounds(
     reward: Reward,
     rounds: int = 3,
     strict: bool = False,
-    cancel: tuple[type[BaseException], ...] = (),
+    cancel: Cancel = (),
     **kwargs: Any,
 ) -> Any:
     """Runs a pipeline up to `rounds` times; between the runs the refiner sees the finished picture and may rewrite the prompt.
@@ -61,6 +61,7 @@ def refine_in_rounds(
     check_reward(reward, "reward")
     if isinstance(pipe, Attached):
         pipe, kwargs = pipe.pipe, {k: v for k, v in pipe.defaults.items() if k not in LOOP} | kwargs
+    check_names(stock_call(pipe), pipe, kwargs, ("rounds", "reward", "refiner", "strict", "cancel"))
     kwargs = named_arguments(
         pipe, stock_call(pipe), (), {**kwargs, "prompt": prompt if isinstance(prompt, str) else list(prompt)}
     )
@@ -71,14 +72,14 @@ def refine_in_rounds(
     requests = [prompt] if isinstance(prompt, str) else list(prompt)
     session = Session(
         requests, refiner, "end", strict=strict, cancel=cancel, meta=meta_of(pipe, kwargs, len(requests)),
-        sources=sources_of(kwargs.get("image"), len(requests), 1), fit=fit_to(pipe, kwargs),
+        sources=sources_of(pipe, kwargs, len(requests)), fit=fit_to(pipe, kwargs), interrupted=lambda: interrupted(pipe),
     )  # fmt: skip
     outputs: list[Any] = []
     tries: list[dict[str, Trajectory]] = [{} for _ in requests]  # by prompt, in the order of the rounds
     record: dict[str, Any] = {"rounds": rounds, "reward": reward_name(reward), "cost": {"runs": 0, "seconds": {}}}
     try:
         _make(pipe, kwargs, session, reward, rounds, outputs, tries, record)
-    except Exception as e:
+    except BaseException as e:  # KeyboardInterrupt too, and a host's own
         e.trajectories = [_best(mine, record) for mine in tries if mine]  # type: ignore[attr-defined]
         e.output = outputs[0] if outputs else None  # type: ignore[attr-defined]
         raise

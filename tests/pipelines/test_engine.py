@@ -1,6 +1,8 @@
 """What must hold for every family: the loop adds nothing that was not asked for, and does all that was."""
 
 import inspect
+import threading
+import time
 
 import diffusers
 import pytest
@@ -295,8 +297,6 @@ def test_prompt_that_cannot_be_encoded_is_taken_back(host, stock, monkeypatch):
 
 
 def test_probe_that_cannot_begin_is_a_recorded_failure(host, stock):
-    import threading
-
     host.pipe.scheduler.lock = threading.Lock()  # cannot be copied
     try:
         out = attach(host.pipe)(CAT, refiner=ScheduleRefiner({1: DOG}), refine_at="1", **host.kwargs())
@@ -323,6 +323,90 @@ def test_interrupt_while_the_prompt_is_encoded_is_not_lost(host, monkeypatch):
     out = attach(host.pipe)(CAT, refiner=refiner, refine_at="2, end", callback_on_step_end=callback, **host.kwargs())
     assert seen == [0, 1, 2]
     assert [t.step for t in out.trajectories[0].turns] == [2]  # what is not finished is not shown as finished
+
+
+class Thinking:
+    """Goes on until its `on_token` raises."""
+
+    looks, on_token, at_work = False, None, False
+
+    def refine(self, views):
+        self.at_work = True
+        for _ in range(5000):
+            if self.on_token is not None:
+                self.on_token()
+            time.sleep(0.002)
+        raise AssertionError("nobody stopped it")
+
+
+@pytest.mark.parametrize(
+    "mode", [{}, {"asynchronous": 1}, {"asynchronous": True}, {"apriori": True}, {"strict": True}], ids=str
+)
+def test_interrupt_from_another_thread_stops_a_thinking_refiner(mode, makers):
+    from .conftest import Maker
+
+    host, refiner, seen = makers.setdefault("sd", Maker("sd")), Thinking(), []
+
+    def web_ui():
+        while not refiner.at_work:
+            time.sleep(0.002)
+        host.pipe._interrupt = True
+
+    def callback(pipe, i, t, kwargs):
+        seen.append(i)
+        if mode == {"asynchronous": True} and i == 2:
+            thread.join(60)
+        return kwargs
+
+    refiner.on_token = own = lambda: None
+    thread = threading.Thread(target=web_ui)
+    thread.start()
+    loop = attach(host.pipe, refiner=refiner, refine_at="2, 4, end", **mode)
+    out = loop(CAT, callback_on_step_end=callback, **host.kwargs(output_type="pil"))
+    assert len(out.images) == 1 and out.trajectories[0].meta["interrupted"] is True
+    assert len(seen) < 5
+    turns = {t.step: t for t in out.trajectories[0].turns}
+    assert turns[2].notes[0] == "not applied: the run was interrupted"
+    assert out.trajectories[0].prompt == CAT and not out.trajectories[0].failures
+    while any(t.name == "promptloop-refiner" for t in threading.enumerate()):
+        time.sleep(0.002)
+    assert refiner.on_token is own
+    assert clean(host.pipe)
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_exception_carries_the_records_too(exception, makers):
+    from .conftest import Maker
+
+    def stop(view):
+        if view.step > 1:
+            raise exception
+
+    host = makers.setdefault("sd", Maker("sd"))
+    for refine_at, finished in (("1, 2", False), ("1, end", True)):
+        with pytest.raises(exception) as e:
+            attach(host.pipe)(CAT, refiner=FunctionRefiner(stop), refine_at=refine_at, **host.kwargs())
+        assert [t.step for t in e.value.trajectories[0].turns] == [1]
+        assert (e.value.output is not None) == finished
+    assert clean(host.pipe)
+
+
+def test_an_exception_ends_a_question_that_is_still_open(makers):
+    from .conftest import Maker
+
+    def callback(pipe, i, t, kwargs):
+        raise ZeroDivisionError
+
+    host, refiner = makers.setdefault("sd", Maker("sd")), Thinking()
+    with pytest.raises(ZeroDivisionError) as e:
+        attach(host.pipe)(
+            CAT, refiner=refiner, refine_at="start", asynchronous=True, callback_on_step_end=callback, **host.kwargs()
+        )
+    for thread in threading.enumerate():
+        if thread.name == "promptloop-refiner":
+            thread.join(60)
+    assert refiner.at_work and refiner.on_token is None
+    assert e.value.trajectories[0].turns[0].notes == ("the run ended before the refiner's answer",)
 
 
 def test_refiner_that_calls_the_pipeline_it_refines(host, stock):
@@ -426,6 +510,52 @@ def test_image_to_image_takes_its_turns_in_the_steps_it_really_takes(makers):
     out = attach(pipe)(CAT, refiner=refiner, refine_at="50%, end", generator=torch.Generator().manual_seed(0), **kwargs).images
     assert views == [(2, 4), (4, 4)]
     assert same(out, stock)
+
+
+def test_each_sample_is_shown_the_picture_that_it_starts_from(makers):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    from .conftest import Maker
+
+    pipe = StableDiffusionImg2ImgPipeline.from_pipe(makers.setdefault("sd", Maker("sd")).pipe)
+    pipe.set_progress_bar_config(disable=True)
+    black, white = (Image.new("RGB", (32, 32), c) for c in ("black", "white"))
+    kwargs = {"strength": 0.04, "num_inference_steps": 50, "guidance_scale": 1.0, "output_type": "latent"}
+
+    def seeded(n):
+        return [torch.Generator().manual_seed(1) for _ in range(n)]
+
+    shown = []
+    refiner = FunctionRefiner(lambda v: shown.append(v.source))
+    loop = attach(pipe, refiner=refiner, refine_at="start")
+    out = loop([CAT, CAT], image=[black, white], num_images_per_prompt=2, generator=seeded(4), **kwargs).images
+    alone = [pipe(CAT, image=image, generator=seeded(1), **kwargs).images[0] for image in (black, white)]
+    nearest = [min((0, 1), key=lambda k: float((alone[k] - x).abs().mean())) for x in out]
+    assert [shown.index(s) for s in shown] == nearest == [0, 1, 0, 1]
+    shown.clear()
+    loop([CAT, DOG], image=black, generator=seeded(2), **kwargs)
+    assert shown == [black, black]
+
+
+def test_what_a_run_does_not_start_from_is_not_shown_as_its_source(makers):
+    """A control net's map: `image` in text-to-image, `control_image` beside it in image-to-image."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline, StableDiffusionControlNetPipeline
+
+    from .conftest import Maker
+
+    sd = makers.setdefault("sd", Maker("sd")).pipe
+    net = ControlNetModel.from_unet(sd.unet, conditioning_embedding_out_channels=(8, 16)).eval()
+    edges, photo = (Image.new("RGB", (32, 32), c) for c in ("white", "red"))
+    shown = []
+    refiner = FunctionRefiner(lambda v: shown.append(v.source))
+    for cls, images in (
+        (StableDiffusionControlNetPipeline, {"image": edges}),
+        (StableDiffusionControlNetImg2ImgPipeline, {"image": photo, "control_image": edges}),
+    ):
+        pipe = cls(**sd.components, controlnet=net, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        attach(pipe)(CAT, refiner=refiner, refine_at="start", num_inference_steps=4, output_type="latent", **images)
+    assert shown == [None, photo]
 
 
 def test_attached_is_the_pipeline_to_whoever_reads_or_sets(host):
@@ -678,6 +808,67 @@ def test_a_named_class_with_a_call_of_ones_own_is_attached_with_it(makers):
     pipe.set_progress_bar_config(disable=True)
     out = attach(pipe)(CAT, refiner=NoOpRefiner(), refine_at="1", **host.kwargs())
     assert out.trajectories[0].request == "my own " + CAT
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gates": len}, "gates is no argument of StableDiffusionPipeline, nor of the loop; did you mean gate\\?"),
+        ({"strct": True}, "did you mean strict\\?"),
+        ({"num_inference_step": 3}, "did you mean num_inference_steps\\?"),
+        ({"zzz": 3}, "zzz is no argument of .*; those of the loop are refiner, refine_at"),
+        ({"gate": 5}, "gate is int 5; give a reward"),
+        ({"asynchronous": -1}, "asynchronous is -1; use False, True"),
+        ({"asynchronous": True, "apriori": True}, "exclude each other"),
+        ({"apriori": "no"}, "apriori is 'no'; use True or False"),
+        ({"trim": None}, "trim is None; use True or False"),
+        ({"strict": 1}, "strict is 1; use True or False"),
+        ({"refiner": 5}, "int is no refiner"),
+        ({"cancel": "KeyError"}, "cancel names 'KeyError'; give types of exceptions"),
+        ({"preview": "taesd"}, "preview is 'taesd'; give None, an AutoencoderTiny, or a function"),
+        ({"refine_at": "x"}, "cannot read 'x'"),
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_what_nobody_reads_and_what_makes_no_sense_is_refused_at_once(named, options, message, makers):
+    from .conftest import Maker
+
+    host = makers.setdefault("sd", Maker("sd"))
+    pipe = host.pipe
+    if named:
+        pipe = promptloop_pipeline.PromptLoopStableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+        with pytest.raises((TypeError, ValueError), match=message):
+            pipe(CAT, **host.kwargs(), **options)
+    with pytest.raises((TypeError, ValueError), match=message):
+        attach(pipe, **options)
+    with pytest.raises((TypeError, ValueError), match=message):
+        attach(pipe)(CAT, **{"refiner": NoOpRefiner()} | options, **host.kwargs())
+    assert attach(pipe, cancel=[KeyError], refiner=None, preview=None, gate=None).defaults["cancel"] == [KeyError]
+
+
+def test_what_a_stock_call_takes_from_its_kwargs_is_no_mistake(makers):
+    from .conftest import Maker
+
+    host, seen = makers.setdefault("sd", Maker("sd")), []
+    loop = attach(host.pipe, callback_steps=1)
+    loop(CAT, refiner=NoOpRefiner(), refine_at="1", callback=lambda i, t, latents: seen.append(i), **host.kwargs())
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_what_somebodys_own_call_reads_from_its_kwargs_is_no_mistake(makers):
+    from .conftest import Maker
+
+    host = makers.setdefault("sd", Maker("sd"))
+
+    def call(self, prompt, **kwargs):
+        return super(type(self), self).__call__(prompt + kwargs.pop("style", ""), **kwargs)
+
+    expected = host.pipe(CAT + ", oil on canvas", **host.kwargs()).images
+    for parent in (diffusers.StableDiffusionPipeline, promptloop_pipeline.PromptLoopStableDiffusionPipeline):
+        pipe = type("Theirs", (parent,), {"__call__": call})(**host.pipe.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        out = attach(pipe, style=", oil on canvas")(CAT, refiner=NoOpRefiner(), refine_at="start", **host.kwargs())
+        assert same(out.images, expected)
 
 
 def test_missing_folder():

@@ -249,13 +249,20 @@ class Cancelled(Exception):
     pass
 
 
-@pytest.mark.parametrize("exception", [Cancelled, KeyboardInterrupt])
-def test_cancel_from_a_reward_gets_through(one, exception):
+class Wanted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("exception", [Cancelled, Wanted, KeyboardInterrupt])
+def test_cancel_from_a_reward_gets_through_with_the_finished_picture(one, exception):
     def cancel(images, prompts):
         raise exception
 
-    with pytest.raises(exception):
-        attach(one.pipe)(CAT, **REFINED, gate=cancel, cancel=(Cancelled,), **one.kwargs())
+    refined = attach(one.pipe)(CAT, **REFINED, **one.kwargs()).images
+    with pytest.raises(exception) as e:
+        attach(one.pipe)(CAT, **REFINED, gate=cancel, cancel=[Cancelled, Wanted], **one.kwargs())
+    assert same(e.value.output.images, refined)
+    assert [t.after for t in e.value.trajectories[0].turns] == [DOG]
 
 
 def test_an_interrupted_run_is_not_gated(host):

@@ -232,7 +232,11 @@ class Cancelled(Exception):
     pass
 
 
-@pytest.mark.parametrize("exception", [Cancelled, KeyboardInterrupt])
+class Wanted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("exception", [Cancelled, Wanted, KeyboardInterrupt])
 def test_cancel_gets_through(one, exception):
 
     def cancel(*args):
@@ -244,8 +248,24 @@ def test_cancel_gets_through(one, exception):
     ):
         with pytest.raises(exception) as e:
             refine_in_rounds(one.pipe, CAT, **loop, cancel=(Cancelled,), **one.kwargs())
-    if exception is Cancelled:
         assert same(e.value.output.images, stock(one, CAT))
+        assert e.value.trajectories[0].request == CAT
+
+
+def test_an_interrupt_between_two_rounds_stops_the_refiner(one):
+    class Thinking:
+        on_token = None
+
+        def refine(self, views):
+            one.pipe._interrupt = True  # as another thread would
+            self.on_token()
+            raise AssertionError("it was not stopped")
+
+    out = refine_in_rounds(one.pipe, CAT, refiner=Thinking(), reward=Scores([1]), strict=True, **one.kwargs())
+    assert same(out.images, stock(one, CAT))
+    (t,) = out.trajectories
+    assert (t.prompt, t.meta["cost"]["runs"], t.others) == (CAT, 1, [])
+    assert t.turns[0].notes == ("not applied: the run was interrupted",)
 
 
 def counted(what, *calls):
@@ -321,3 +341,5 @@ def test_bad_input(one):
         call(prompt=[])
     with pytest.raises(TypeError, match="refine_at is of the loop within a run"):
         call(refine_at="50%")
+    with pytest.raises(TypeError, match="cancels is no argument of StableDiffusionPipeline, nor .*; did you mean cancel\\?"):
+        call(cancels=(KeyError,))
