@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -23,3 +25,24 @@ class Reward(Protocol):
 
 def reward_name(reward: Any) -> str:
     return str(getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__)
+
+
+def ask(
+    reward: Reward, images: Sequence[Any], prompts: Sequence[str], name: str | None = None, **context: Any
+) -> list[float | None]:
+    """A reward's scores. Raises TypeError or ValueError, with its name, when it returns no list of numbers, one for each picture."""
+    found: Any = reward(images, prompts, **context)
+    problem = (
+        f"the reward {name or reward_name(reward)} returned {found!r:.80} for {len(images)} pictures; "
+        "a reward returns a number, or None, for each"
+    )
+    if isinstance(found, (str, bytes, dict)) or not hasattr(found, "__len__"):
+        raise TypeError(problem)
+    if len(found) != len(images):
+        raise ValueError(problem)
+    if any(not (s is None or isinstance(s, Real) or hasattr(s, "item")) for s in found):
+        raise TypeError(problem)
+    scores = [None if s is None else float(s) for s in found]
+    if any(s is not None and math.isnan(s) for s in scores):
+        raise ValueError(problem)
+    return scores

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CORE = ("schedule", "refiner", "reward", "trajectory", "look", "replay")
+CORE = ("schedule", "refiner", "reward", "trajectory", "dotted", "look", "replay")
 MAY_IMPORT = {  # folder or file of promptloop_pipeline -> what of promptloop_pipeline it may import
     **{name: set(CORE) for name in CORE},
     "session": {*CORE, "session"},

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
+
+from ..dotted import load_object
 
 ALLOWED = (
     '"tiny" (embedded), "oracle" (reads its verifier), "none", a folder or hub id, the URL of a server, or "module:object"'
@@ -41,7 +40,8 @@ def load_refiner(name: str, template: str | Path | None = None, model: str | Non
         return MLLMRefiner.from_endpoint(name, model, template or "repair", **options)
     if re.fullmatch(r"[\w.]+:[\w.]+", name) and not Path(name).exists():
         _refuse(name, template=template, server_model=model)
-        return _own(name)
+        found = load_object(name, "refiner")
+        return found() if isinstance(found, type) else found
     if not (Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         raise ValueError(f"unknown refiner {name!r}; use {ALLOWED}")
     from ..refiners.mllm import MLLMRefiner
@@ -53,17 +53,3 @@ def _refuse(name: str, **given: Any) -> None:
     for option, value in given.items():
         if value is not None:
             raise ValueError(f"the refiner {name!r} has no use for {option} {value!r}; leave it out, or name a language model")
-
-
-def _own(name: str) -> Any:
-    """An object, or a class that can be called without arguments, of a module; modules in the current folder count."""
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"cannot load the refiner {name!r}: {e}") from e
-    return found() if isinstance(found, type) else found

@@ -7,18 +7,16 @@ one output together from several.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..replay import prompt_schedule
-from ..reward import Reward, reward_name
+from ..reward import Reward, ask, reward_name
 from ..session import RefinerError, Session
 from ..trajectory import Trajectory
 
@@ -69,21 +67,7 @@ def check_reward(reward: Any, argument: str) -> None:
 
 
 def score(reward: Reward, images: Sequence[Image], requests: Sequence[str]) -> list[float | None]:
-    """Asks a reward. Raises TypeError or ValueError when what it returns is no list of scores, one for each picture."""
-    found: Any = reward([image.copy() for image in images], list(requests))  # the originals are the user's
-    help = (
-        f"{reward_name(reward)} returned {found!r:.80} for {len(images)} pictures; a reward returns a number, or None, for each"
-    )
-    if isinstance(found, (str, bytes, dict)) or not hasattr(found, "__len__"):
-        raise TypeError(help)
-    if len(found) != len(images):
-        raise ValueError(help)
-    if any(not (s is None or isinstance(s, Real) or hasattr(s, "item")) for s in found):
-        raise TypeError(help)
-    scores = [None if s is None else float(s) for s in found]
-    if any(s is not None and math.isnan(s) for s in scores):
-        raise ValueError(help)
-    return scores
+    return ask(reward, [image.copy() for image in images], list(requests))  # the originals are the user's
 
 
 def beats(new: float | None, old: float | None) -> bool:

@@ -322,16 +322,16 @@ def _judge(status: int, headers: HTTPMessage, body: bytes, key: str) -> _Reply:
         what, wait = f"{name}: {said or 'without a word'}", _retry_after(headers) if status in (429, 503) else 0.0
         if wait > PATIENCE:
             return _Reply(None, status, f"{what}, to be asked again in {wait:.0f} s", "that is too long to wait for")
-        advice = 401 * bool(key) if status in (401, 403) else status if status in _TODO else 500 if status > 500 else 400
-        return _Reply(None, status, what, _TODO[advice], 99 if status in (429, 500, 502, 503, 504) else 0, wait)
+        advice = 401 * bool(key) if status in (401, 403) else status if status in _ADVICE else 500 if status > 500 else 400
+        return _Reply(None, status, what, _ADVICE[advice], 99 if status in (429, 500, 502, 503, 504) else 0, wait)
     if not valid:
         return _Reply(None, status, f"{name}, but the answer is {f'no JSON: {said}' if body.strip() else 'empty'}", _WHICH)
     if isinstance(data, dict) and "choices" not in data and (data.get("error") or data.get("object") == "error"):
-        return _Reply(None, status, f"{name}, but an error for an answer: {said}", _TODO[500])
+        return _Reply(None, status, f"{name}, but an error for an answer: {said}", _ADVICE[500])
     return _Reply(data, status)
 
 
-_TODO = {
+_ADVICE = {
     0: "set the environment variable {env} to the key",
     400: "the server refuses this request: see what it says (for a model that takes no pictures: sees=False)",
     401: "check the key in the environment variable {env}",
@@ -341,8 +341,8 @@ _TODO = {
 }
 _TROUBLE: tuple[tuple[Any, str, str, int], ...] = (  # the first that fits
     (ConnectionRefusedError, "connection refused", "is the server running, and on this port?", 99),
-    ((ConnectionError, ssl.SSLEOFError), "the server closed the connection ({})", _TODO[500], 99),
-    (IncompleteRead, "the answer broke off half-way", _TODO[500], 99),
+    ((ConnectionError, ssl.SSLEOFError), "the server closed the connection ({})", _ADVICE[500], 99),
+    (IncompleteRead, "the answer broke off half-way", _ADVICE[500], 99),
     (socket.gaierror, "the host is not found ({})", "check the address", 0),
     (ssl.SSLCertVerificationError, "its certificate is not trusted ({})", "name your authority's file in SSL_CERT_FILE", 0),
     (ssl.SSLError, "no secure connection ({})", "does the server speak https? try http://", 0),

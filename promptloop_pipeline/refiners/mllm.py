@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..refiner import Refinement, View
-from .chat import NEED_SIGHT, ChatModel, Completion, Conversation, Sampling
+from .chat import NEED_SIGHT, ChatModel, Completion, Sampling
 from .parsing import parse_answer
 from .template import Template, load_template
 
@@ -39,12 +39,8 @@ class MLLMRefiner:
     def __init__(
         self, chat: ChatModel, template: str | Path | Template = "repair", *, max_pixels: int = MAX_PIXELS, **sampling: Any
     ) -> None:
-        if unknown := set(sampling) - _SAMPLING:
-            raise TypeError(f"unknown option {sorted(unknown)[0]!r}; use max_pixels, {', '.join(sorted(_SAMPLING))}")
-        if max_pixels < 1:
-            raise ValueError(f"max_pixels is {max_pixels}; use 1 or more, for example {MAX_PIXELS}")
         self.chat, self.template, self.max_pixels = chat, load_template(template), max_pixels
-        self.sampling = Sampling(**(self.template.sampling | sampling))
+        self.sampling = _checked(self.template, max_pixels, **sampling)
         if self.template.shows and not chat.sees:
             raise ValueError(f"the template {self.template.name!r} shows pictures, and {chat!r} takes text only; {NEED_SIGHT}")
 
@@ -59,7 +55,7 @@ class MLLMRefiner:
 
         template = load_template(template)  # a mistake shows before the weights are read
         own, rest = _split(options)
-        cls(_Nothing(), template, **own)
+        _checked(template, **own)
         return cls(TransformersChat.from_pretrained(model, pictures=template.shows, **rest), template, **own)
 
     @classmethod
@@ -125,13 +121,12 @@ class MLLMRefiner:
         return f"MLLMRefiner({self.chat!r}, template={self.template.name!r})"
 
 
-class _Nothing:
-    """A chat model that is not there yet."""
-
-    sees = True
-
-    def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
-        raise NotImplementedError
+def _checked(template: Template, max_pixels: int = MAX_PIXELS, **sampling: Any) -> Sampling:
+    if unknown := set(sampling) - _SAMPLING:
+        raise TypeError(f"unknown option {sorted(unknown)[0]!r}; use max_pixels, {', '.join(sorted(_SAMPLING))}")
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels is {max_pixels}; use 1 or more, for example {MAX_PIXELS}")
+    return Sampling(**(template.sampling | sampling))
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

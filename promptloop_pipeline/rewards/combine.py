@@ -7,16 +7,14 @@ any value for each sample; None: all are one group.
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..reward import Reward
+from ..dotted import load_object
+from ..reward import Reward, ask
 
 Values = Sequence[float | None]
 Groups = Sequence[Hashable] | None
@@ -93,7 +91,7 @@ def load_reward(name: str, **options: Any) -> Reward:
     """
     check_name(name)
     path, preset = NAMED.get(name, (name, {}))
-    found = _found(path)
+    found = load_object(path, "reward")
     makes = isinstance(found, type) or (name in NAMED and name not in _READY)
     if not makes and options:
         raise ValueError(f"the reward {name!r} takes no options, and was given {', '.join(options)}")
@@ -109,19 +107,6 @@ def load_reward(name: str, **options: Any) -> Reward:
     return found
 
 
-def _found(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"cannot load the reward {path!r}: {e}") from e
-    return found
-
-
 def _number(text: str) -> float | None:
     try:
         value = float(text)
@@ -134,21 +119,7 @@ def score_all(
     rewards: Mapping[str, Reward], images: Sequence[Any], prompts: Sequence[str], **context: Any
 ) -> dict[str, list[float | None]]:
     """Raw values of each reward, by name. Raises ValueError naming a reward that returns no list of numbers, one for each picture."""
-    raw = {}
-    for name, reward in rewards.items():
-        found: Any = reward(images, prompts, **context)
-        values = list(found) if hasattr(found, "__len__") and not isinstance(found, (str, bytes, dict)) else None
-        if values is None or len(values) != len(images):
-            raise ValueError(
-                f"the reward {name} returned {found!r:.60} for {len(images)} pictures; expected one value for each"
-            )
-        try:
-            raw[name] = [None if v is None else float(v) for v in values]
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"the reward {name} returned {found!r:.60}; expected numbers or None") from e
-        if any(v is not None and math.isnan(v) for v in raw[name]):
-            raise ValueError(f"the reward {name} returned nan for picture {[v != v for v in raw[name]].index(True) + 1}")
-    return raw
+    return {name: ask(reward, images, prompts, name=name, **context) for name, reward in rewards.items()}
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------------

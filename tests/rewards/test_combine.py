@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from promptloop_pipeline.dotted import load_object
 from promptloop_pipeline.reward import Reward, reward_name
 from promptloop_pipeline.rewards import combine
 from promptloop_pipeline.rewards.combine import (
@@ -82,7 +83,7 @@ def test_load_by_name_and_by_path():
 
 def test_every_name_leads_somewhere():
     for name, (path, _) in combine.NAMED.items():
-        assert callable(combine._found(path)), name
+        assert callable(load_object(path, "reward")), name
 
 
 def test_score_all():
@@ -93,10 +94,10 @@ def test_score_all():
     raw = score_all({"odd": odd, "three": Constant()}, images, prompts, values=[True, None, 2])
     assert raw == {"odd": [1.0, None, 2.0], "three": [3.0, 3.0, 3.0]}
     for values, match in (
-        ([1, 2], "odd returned .*for 3 pictures"), (None, "expected one value for each"), ("abc", "odd returned 'abc'"),
-        (["x", 1, 2], "expected numbers or None"), ([1, math.nan, 2], "nan for picture 2"),
+        ([1, 2], "odd returned .*for 3 pictures"), (None, "a number, or None, for each"), ("abc", "odd returned 'abc'"),
+        (["x", 1, 2], "a number, or None, for each"), ([1, math.nan, 2], "returned .1, nan, 2. for 3 pictures"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((TypeError, ValueError), match=match):
             score_all({"odd": odd}, images, prompts, values=values)
 
 
