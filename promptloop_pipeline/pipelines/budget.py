@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from .families import signature_of
 
 KEPT = 0.75  # share of what fits that a cut at a clause has to keep
 _BOUNDARY = re.compile(r"[,.](?!\d)|[;!?\n\u3001\u3002\uff0c\uff1b]")  # a clause ends before one of these, not inside of f/1.8
@@ -14,7 +15,7 @@ _BOUNDARY = re.compile(r"[,.](?!\d)|[;!?\n\u3001\u3002\uff0c\uff1b]")  # a claus
 def token_limits(pipe: Any, kwargs: dict[str, Any]) -> list[tuple[Any, int]]:
     """(tokenizer, most tokens that it passes on) of each text encoder that is there. CLIP has a window of its own; T5 and language
     models take the call's `max_sequence_length`."""
-    default = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    default = signature_of(type(pipe).__call__).parameters.get("max_sequence_length")
     asked = kwargs.get("max_sequence_length") or (default.default if default is not None else None)
     found = []
     for suffix in ("", "_2", "_3", "_4"):

@@ -12,7 +12,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPip
 from ..schedule import RefinementSchedule
 from ..session import check_modes, check_refiner
 from .engine import DEFAULT_SCHEDULE, named_arguments, run
-from .families import family_of, stock_class
+from .families import family_of, signature_of, stock_class
 from .gate import check_reward
 
 LOOP = {
@@ -27,7 +27,7 @@ def check_names(call: Any, pipe: Any, names: Iterable[str], ours: Iterable[str] 
 
     Somebody's own call with `**kwargs` may read, or hand on, whatever it likes.
     """
-    parameters = inspect.signature(call).parameters
+    parameters = signature_of(call).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         if call.__module__.split(".")[0] not in ("diffusers", __name__.split(".")[0]):
             return

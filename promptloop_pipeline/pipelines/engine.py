@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,7 @@ from ..schedule import RefinementSchedule
 from ..session import Cancel, Session
 from .budget import fit_to
 from .conditioning import Conditioning, Slots, slots_of
-from .families import DENOISERS, MODULES, decode_preview, family_of, stock_class
+from .families import DENOISERS, MODULES, decode_preview, family_of, signature_of, stock_class
 from .gate import RandomState, check_reward, keep_better
 from .x0 import noise_level, sampling_step, sampling_steps, x0_estimate
 
@@ -176,6 +175,8 @@ class Run:
         self.step = step
         for conditioning in self.conditioning.values():
             conditioning.begin_step()
+        if step > 0 and not self.session.wants(step):
+            return
         scheduler = self.pipe.scheduler
         before, state = self.session.prompts, dict(vars(scheduler))
         self.turning = True
@@ -184,8 +185,6 @@ class Run:
                 self.session.start(sampling_steps(scheduler, _num_calls(self.pipe)))
                 if any(0 < due < self.session.num_steps for due in self.session.due):
                     noise_level(scheduler, scheduler.timesteps[0])  # a scheduler without x0 says so now, not midway
-            if not self.session.wants(step):
-                return
             prompts = self.session.observe(step, self.sigma, self.decode if step else None)
         finally:
             self.turning = False
@@ -278,12 +277,13 @@ def named_arguments(pipe: Any, call: Call, args: tuple[Any, ...], kwargs: dict[s
 
     Raises TypeError as the call itself would.
     """
-    own = inspect.signature(MethodType(call, pipe))
+    own = signature_of(call)
     signature, extra = own, {}
     if "prompt" not in own.parameters or inspect.Parameter.VAR_POSITIONAL in {p.kind for p in own.parameters.values()}:
-        signature = inspect.signature(MethodType(stock_class(pipe).__call__, pipe))
+        signature = signature_of(stock_class(pipe).__call__)
         extra = {k: v for k, v in kwargs.items() if k in own.parameters and k not in signature.parameters}
-    named = signature.bind(*args, **{k: v for k, v in kwargs.items() if k not in extra}).arguments
+    named = signature.bind(pipe, *args, **{k: v for k, v in kwargs.items() if k not in extra}).arguments
+    del named[next(iter(signature.parameters))]  # self
     rest = next((p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), "")
     return named | named.pop(rest, {}) | extra
 
@@ -352,7 +352,7 @@ def sources_of(pipe: Any, kwargs: dict[str, Any], samples: int) -> list[Any] | N
     """
     import PIL.Image
 
-    given = kwargs.get("image") if "strength" in inspect.signature(stock_class(pipe).__call__).parameters else None
+    given = kwargs.get("image") if "strength" in signature_of(stock_class(pipe).__call__).parameters else None
     pictures = list(given) if isinstance(given, (list, tuple)) else [given]
     if not pictures or samples % len(pictures) or not all(isinstance(picture, PIL.Image.Image) for picture in pictures):
         return None

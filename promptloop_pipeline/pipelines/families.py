@@ -5,8 +5,10 @@ One row each. A pipeline that no row names still works when its latents are plai
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +51,12 @@ _UNPROVEN = {  # begins like a family, is not one
     "Flux2": "its latents need a decoder of their own",
     "FluxKontext": "it chooses another size than it is asked for, which its previews do not follow yet",
 }
+
+
+@lru_cache(maxsize=64)
+def signature_of(call: Callable[..., Any]) -> inspect.Signature:
+    """Of a class's function; kept, since a run asks for it again and again."""
+    return inspect.signature(call)
 
 
 def stock_class(pipe: Any) -> type:
