@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -17,10 +18,19 @@ class Reward(Protocol):
 
     images: RGB. prompts: the users' own requests, one for each picture, never the rewritten prompts. context: whatever else the
     caller knows of each picture (lists of the same length); a reward takes what it needs and ignores the rest. A plain function
-    will do; its name is the reward's name.
+    will do; its name is the reward's name. A reward that can say why has a method `judge` with the same arguments, which returns a
+    list of `Judgement`.
     """
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str], **context: Any) -> list[float | None]: ...
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A score and what it stands on: JSON values, such as the boxes that were found, or {"error": why there is no score}."""
+
+    score: float | None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def reward_name(reward: Any) -> str:
@@ -46,3 +56,19 @@ def ask(
     if any(s is not None and math.isnan(s) for s in scores):
         raise ValueError(problem)
     return scores
+
+
+def ask_why(
+    reward: Reward, images: Sequence[Any], prompts: Sequence[str], name: str | None = None, **context: Any
+) -> list[Judgement]:
+    """As `ask`, with the details of a reward that has any; {} of another."""
+    if not hasattr(reward, "judge"):
+        return [Judgement(score) for score in ask(reward, images, prompts, name, **context)]
+    details: list[dict[str, Any]] = []
+
+    def scores(*args: Any, **kwargs: Any) -> list[float | None]:
+        found = reward.judge(*args, **kwargs)
+        details.extend(j.details for j in found)
+        return [j.score for j in found]
+
+    return list(map(Judgement, ask(scores, images, prompts, name or reward_name(reward), **context), details))

@@ -12,12 +12,13 @@ CORE = ("schedule", "refiner", "reward", "trajectory", "dotted", "look", "replay
 MAY_IMPORT = {  # folder or file of promptloop_pipeline -> what of promptloop_pipeline it may import
     **{name: set(CORE) for name in CORE},
     "session": {*CORE, "session"},
+    "chat": {*CORE, "chat"},
     "pipelines": {*CORE, "session", "pipelines"},
-    "refiners": {*CORE, "session", "refiners"},
-    "rewards": {*CORE, "session", "rewards"},
-    "tiny": {*CORE, "session", "pipelines", "refiners", "rewards", "tiny"},
-    "evaluation": {*CORE, "session", "pipelines", "refiners", "rewards", "tiny", "evaluation"},
-    "cli": {*CORE, "session", "pipelines", "refiners", "rewards", "tiny", "evaluation", "cli"},
+    "refiners": {*CORE, "session", "chat", "refiners"},
+    "rewards": {*CORE, "session", "chat", "rewards"},
+    "tiny": {*CORE, "session", "chat", "pipelines", "refiners", "rewards", "tiny"},
+    "evaluation": {*CORE, "session", "chat", "pipelines", "refiners", "rewards", "tiny", "evaluation"},
+    "cli": {*CORE, "session", "chat", "pipelines", "refiners", "rewards", "tiny", "evaluation", "cli"},
 }
 
 
@@ -53,7 +54,8 @@ def test_arrows_of_the_package(file):
 
 
 LIGHT = (
-    "", ".schedule", ".refiner", ".reward", ".trajectory", ".look", ".replay", ".session", ".refiners.scripted", ".tiny", ".cli",
+    "", ".schedule", ".refiner", ".reward", ".trajectory", ".look", ".replay", ".session", ".chat", ".refiners.scripted", ".tiny",
+    ".cli",
 )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..chat import NEED_SIGHT, ChatModel, Completion, Sampling
 from ..refiner import Refinement, View
-from .chat import NEED_SIGHT, ChatModel, Completion, Sampling
 from .parsing import parse_answer
 from .template import Template, load_template
 
@@ -51,7 +51,7 @@ class MLLMRefiner:
         options: those of this class, of `TransformersChat.from_pretrained` (dtype, device, quantization, adapter, ...), or of the
         model's own `from_pretrained`.
         """
-        from .transformers_chat import TransformersChat
+        from ..chat.local import TransformersChat
 
         template = load_template(template)  # a mistake shows before the weights are read
         own, rest = _split(options)
@@ -63,7 +63,7 @@ class MLLMRefiner:
         cls, url: str, model: str | None = None, template: str | Path | Template = "repair", **options: Any
     ) -> MLLMRefiner:
         """Any OpenAI-style server: vLLM, Ollama, LM Studio, llama.cpp. options: those of this class or of `EndpointChat`."""
-        from .endpoint import EndpointChat
+        from ..chat.endpoint import EndpointChat
 
         own, rest = _split(options)
         own = {"num_beams": 1} | own  # servers have no beam search

@@ -12,12 +12,11 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from ..chat.text import ANSWER, THINK, clean, split_reasoning
+
 LONGEST = 10_000  # characters of a prompt; more is not a prompt
 KEEP = "KEEP"
 # Every repetition that another one like it may follow is bounded, or time would grow with the square of the length.
-_THINK = re.compile(r"<\s{0,9}(/?)\s{0,9}(?:think|thinking|thought|reason|reasoning)\b[^<>]{0,100}>", re.I)
-_ANSWER = re.compile(r"<\s{0,9}(/?)\s{0,9}answer\b[^<>]{0,100}>", re.I)
-_MARKUP = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>|</?s>")  # <|im_end|> and the like: a server may let them by
 _FENCE = re.compile(r"\A(?:[^`\n]{0,200}:\s{0,9})?```(?:[^\n`]{0,40}\n)?(.*?)(?:```|\Z)", re.S)  # "Here it is:" may come first
 _LABEL = re.compile(
     r"\A[#*]{0,6} ?(?:here(?: is|['\u2019]s) )?(?:(?:the|your|my) )?"
@@ -28,8 +27,6 @@ _KEPT = re.compile(r"\W*keep(?:\W+(?:the|this|it|as|is|in|use|same|current|origi
 _KEPT_BECAUSE = re.compile(r"\W*KEEP\W{0,5}?(?:[.,:;!(\n\u2013\u2014]|\s-\s)")  # and then it says why
 _QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u201e": "\u201c", "\u2018": "\u2019"}
 _QUOTES |= {"\u00ab": "\u00bb", "\u300c": "\u300d", "\u300e": "\u300f"}
-# Byte order mark, the sign for bytes that are no character (an answer was cut off within one), direction overrides.
-_INVISIBLE = dict.fromkeys([0xFEFF, 0xFFFD, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
 
 @dataclass(frozen=True)
@@ -43,22 +40,15 @@ class Parsed:
     error: str | None = None
 
 
-def clean(text: str) -> str:
-    """Without lone surrogates, control characters, direction overrides and special tokens; line ends as \\n."""
-    text = text.encode("utf-8", "ignore").decode("utf-8").translate(_INVISIBLE)
-    text = _MARKUP.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else " " for c in text)
-
-
 def parse_answer(text: str, tags: bool = True) -> Parsed:
     """tags: whether an <answer> was asked for; otherwise the whole text (without its reasoning) is the answer."""
-    rest, reasoning = _split_reasoning(clean(text))
+    rest, reasoning = split_reasoning(clean(text))
     before, answer, complete = _last_answer(rest)
     if answer is None:
         answer = rest
     else:
         reasoning = f"{reasoning}\n{before}" if before.strip() else reasoning
-    reasoning = _ANSWER.sub(" ", _THINK.sub(" ", reasoning)).strip()
+    reasoning = ANSWER.sub(" ", THINK.sub(" ", reasoning)).strip()
     prompt = _bare(answer)
     format_ok = complete or not tags
     if _KEPT.fullmatch(prompt) or _KEPT_BECAUSE.match(answer.strip()) or (not complete and _ends_with_keep(answer)):
@@ -70,39 +60,12 @@ def parse_answer(text: str, tags: bool = True) -> Parsed:
     return Parsed(prompt, reasoning, format_ok)
 
 
-def _split_reasoning(text: str) -> tuple[str, str]:
-    """(what is left, the reasoning)"""
-    parts: list[tuple[str, bool]] = []  # (text, whether it is reasoning)
-    depth, at, settled = 0, 0, 0
-    for m in _THINK.finditer(text):
-        parts.append((text[at : m.start()], depth > 0))
-        at = m.end()
-        if not m[1]:
-            depth += 1
-        elif depth:
-            depth -= 1
-        else:
-            settled = len(parts)  # the chat template had opened it: all until here is reasoning
-    tail = text[at:]
-    closing = [m for m in _ANSWER.finditer(tail) if m[1]] if depth else []
-    if closing and not any(c.isalnum() for c in tail[closing[-1].end() :]):
-        # never closed, but the answer did come: in full, and last. A mere mention of it, cut off by the budget, is none
-        opening = _ANSWER.search(tail)
-        start = opening.start() if opening is not None and not opening[1] else len(tail)
-        parts += [(tail[:start], True), (tail[start:], False)]
-    else:
-        parts.append((tail, depth > 0))
-    outside = [part for k, (part, inside) in enumerate(parts) if not inside and k >= settled]
-    inside = [part.strip() for k, (part, inside) in enumerate(parts) if inside or k < settled]
-    return " ".join(outside), "\n".join(part for part in inside if part)
-
-
 def _last_answer(text: str) -> tuple[str, str | None, bool]:
     """(what came before, the last complete answer or else the last unclosed one, whether it is complete)"""
     opened: re.Match[str] | None = None
     first: int | None = None
     found: str | None = None
-    for m in _ANSWER.finditer(text):
+    for m in ANSWER.finditer(text):
         if not m[1]:
             opened, first = m, m.start() if first is None else first
         elif opened is not None:
@@ -122,7 +85,7 @@ def _ends_with_keep(answer: str) -> bool:
 
 def _bare(answer: str) -> str:
     """One line, without fences, a label, and quotes around it all."""
-    text = _ANSWER.sub(" ", answer).strip()
+    text = ANSWER.sub(" ", answer).strip()
     if (fence := _FENCE.match(text)) and fence[1].strip():
         text = fence[1]
     text = " ".join(text.split())

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..chat import Conversation, Sampling
 from ..refiner import View
-from .chat import Conversation, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,8 +7,8 @@ from PIL import Image
 
 from promptloop_pipeline.trajectory import load
 
-from ..refiners import models
-from ..refiners.server import Server
+from ..chat import models
+from ..chat.server import Server
 from .test_cli import RED, run  # noqa: F401
 
 BLUE = "<think>bluer</think><answer>large blue circle top left , black background</answer>"
@@ -77,7 +77,7 @@ def test_generate_with_a_model_on_disk(run, saved, tmp_path):  # noqa: F811
 
 
 def test_a_server_that_is_not_there_costs_no_image(run, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("promptloop_pipeline.refiners.endpoint.TICK", 0.01)
+    monkeypatch.setattr("promptloop_pipeline.chat.endpoint.TICK", 0.01)
     with Server("500") as server:
         url = server.url
         args = ("generate", RED, "--refiner", url, "--steps", "2", "--refine-at", "1", "--out", str(tmp_path / "out"))
@@ -113,7 +113,7 @@ def test_bad_input_is_one_clear_line(run, args, message, tmp_path, monkeypatch):
 
 
 def test_a_wrong_url_says_what_was_tried(run, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("promptloop_pipeline.refiners.endpoint._jitter.uniform", lambda a, b: 0.0)
+    monkeypatch.setattr("promptloop_pipeline.chat.endpoint._jitter.uniform", lambda a, b: 0.0)
     code, out, err = run("rewrite", "a cat", "--rewriter", "http://127.0.0.1:9/v1")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and "http://127.0.0.1:9/v1" in err and "connection refused" in err

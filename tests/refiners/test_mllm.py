@@ -11,16 +11,16 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image
 
 from promptloop_pipeline import Session, View, attach
-from promptloop_pipeline.refiners.chat import Completion, Sampling
+from promptloop_pipeline.chat import Completion, Sampling
+from promptloop_pipeline.chat.local import TransformersChat, _Draw
 from promptloop_pipeline.refiners.guards import GuardedRefiner
 from promptloop_pipeline.refiners.mllm import MAX_PIXELS, MLLMRefiner
 from promptloop_pipeline.refiners.parsing import parse_answer
 from promptloop_pipeline.refiners.template import parse_template
-from promptloop_pipeline.refiners.transformers_chat import TransformersChat, _Draw
 
+from ..chat import models
 from ..pipelines.conftest import Maker
 from ..pipelines.factories import BETAS, MAKERS
-from . import models
 
 CAT, DOG = "a red cat", "one blue dog, and a wet cat"
 RED, BLUE = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (30, 40), "blue")

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from promptloop_pipeline import Session, attach, tiny
+from promptloop_pipeline.chat import Completion
 from promptloop_pipeline.evaluation.report import Arm, write_report
-from promptloop_pipeline.refiners.chat import Completion
 from promptloop_pipeline.refiners.mllm import MLLMRefiner
 from promptloop_pipeline.refiners.parsing import LONGEST, parse_answer
 from promptloop_pipeline.trajectory import load, save

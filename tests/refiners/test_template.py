@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from promptloop_pipeline import View
-from promptloop_pipeline.refiners.chat import Sampling
+from promptloop_pipeline.chat import Sampling
 from promptloop_pipeline.refiners.template import FOLDER, Template, load_template, names, parse_template
 
 PICTURE, SOURCE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from .chat import NEED_SIGHT, Completion, Conversation, Sampling
+from . import NEED_SIGHT, Completion, Conversation, Sampling
 
 QUANTIZATION = ("4bit", "8bit")
 _WHERE: tuple[str, ...] = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")

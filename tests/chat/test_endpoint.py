@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from promptloop_pipeline import RefinerError, attach, tiny
-from promptloop_pipeline.refiners.chat import Completion, Sampling
-from promptloop_pipeline.refiners.endpoint import EndpointChat
+from promptloop_pipeline.chat import Completion, Sampling
+from promptloop_pipeline.chat.endpoint import EndpointChat
 from promptloop_pipeline.refiners.mllm import MLLMRefiner
 from promptloop_pipeline.trajectory import save
 
@@ -493,8 +493,8 @@ def test_keyboard_interrupt_gets_through_at_once(behaviour, headers):
 
 def test_the_interpreter_can_exit_while_a_request_is_out():
     code = (
-        "import sys, threading, time; from promptloop_pipeline.refiners.endpoint import EndpointChat\n"
-        "from promptloop_pipeline.refiners.chat import Sampling\n"
+        "import sys, threading, time; from promptloop_pipeline.chat.endpoint import EndpointChat\n"
+        "from promptloop_pipeline.chat import Sampling\n"
         "c = EndpointChat(sys.argv[1], timeout=60)\n"
         "threading.Thread(target=c.generate, args=(['a'], Sampling()), daemon=True).start(); time.sleep(0.5)"
     )
@@ -528,8 +528,8 @@ def test_another_variable(monkeypatch):
 
 def test_without_a_key_none_is_sent_and_least_of_all_the_hubs(monkeypatch, tmp_path):
     code = (
-        "import sys, huggingface_hub; from promptloop_pipeline.refiners.endpoint import EndpointChat\n"
-        "from promptloop_pipeline.refiners.chat import Sampling\n"
+        "import sys, huggingface_hub; from promptloop_pipeline.chat.endpoint import EndpointChat\n"
+        "from promptloop_pipeline.chat import Sampling\n"
         "assert huggingface_hub.get_token() == 'hf_stored'\n"
         "print(EndpointChat(sys.argv[1]).generate(['a'], Sampling())[0].text)"
     )

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from .chat import Completion, Conversation, Message, Sampling
+from . import Completion, Conversation, Message, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
