@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,26 +111,30 @@ def load(path: str | Path) -> list[Trajectory]:
 
     Raises FileNotFoundError, or ValueError naming the line.
     """
+    return list(iterate(path))
+
+
+def iterate(path: str | Path, *, pictures: bool = True, previews: bool = True) -> Iterator[Trajectory]:
+    """As `load`, one at a time, for files whose pictures are more than memory holds. pictures, previews: whether to read them; else
+    they are None."""
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no trajectories at {path}: expected a folder with {FILE}, or such a file")
-    found = []
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_from_record(json.loads(line), file.parent))
-        except json.JSONDecodeError as e:
-            if number < len(lines):
-                raise ValueError(f"{file}, line {number}: not a trajectory ({e})") from e
-            logger.warning("%s, line %d was torn off in writing and is left out", file, number)
-        except (KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{file}, line {number}: not a trajectory ({type(e).__name__}: {e})") from e
-        except (ValueError, OSError) as e:
-            raise ValueError(f"{file}, line {number}: {e}") from e
-    return found
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield _from_record(json.loads(line), file.parent, pictures, previews)
+            except json.JSONDecodeError as e:
+                if line.endswith("\n"):
+                    raise ValueError(f"{file}, line {number}: not a trajectory ({e})") from e
+                logger.warning("%s, line %d was torn off in writing and is left out", file, number)
+            except (KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f"{file}, line {number}: not a trajectory ({type(e).__name__}: {e})") from e
+            except (ValueError, OSError) as e:
+                raise ValueError(f"{file}, line {number}: {e}") from e
 
 
 def _plain(value: Any) -> Any:
@@ -181,7 +185,7 @@ def _record(t: Trajectory) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _from_record(record: dict[str, Any], folder: Path) -> Trajectory:
+def _from_record(record: dict[str, Any], folder: Path, pictures: bool = True, previews: bool = True) -> Trajectory:
     version = record["version"]
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(
@@ -193,10 +197,11 @@ def _from_record(record: dict[str, Any], folder: Path) -> Trajectory:
         turn = Turn(**{k: v for k, v in row.items() if k in names})
         ids = None if turn.token_ids is None else tuple(turn.token_ids)
         logprobs = None if turn.logprobs is None else tuple(turn.logprobs)
-        image = _read_image(row.get("image"), folder)
+        image = _read_image(row.get("image"), folder) if previews else None
         turns.append(replace(turn, image=image, token_ids=ids, logprobs=logprobs, notes=tuple(turn.notes)))
     if not isinstance(record["request"], str):
         raise ValueError(f"the request is {type(record['request']).__name__}, not text")
     known = {k: record[k] for k in ("scores", "meta", "id") if k in record}
-    others = [_from_record(other, folder) for other in record.get("others", [])]
-    return Trajectory(record["request"], turns, _read_image(record.get("image"), folder), **known, others=others)
+    others = [_from_record(other, folder, pictures, previews) for other in record.get("others", [])]
+    image = _read_image(record.get("image"), folder) if pictures else None
+    return Trajectory(record["request"], turns, image, **known, others=others)

@@ -36,9 +36,10 @@ def demo(
 
     from ..evaluation.headroom import score
     from ..evaluation.report import Arm, write_report
-    from ..evaluation.run import paired_difference, run_arm
+    from ..evaluation.run import run_arm
     from ..evaluation.shapes import ARMS, EARLY
     from ..evaluation.sheet import contact_sheet
+    from ..evaluation.statistics import paired_difference
     from ..tiny import load_pipeline, load_refiner, requests
     from ..trajectory import save
 

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import os
 import platform
-from collections.abc import Sequence
+import re
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,32 +16,64 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..schedule import RefinementSchedule
+from .named import DTYPES, PARTS
+from .tables import print_comparison, print_results, shown
+from .tables import report as write
 
 if TYPE_CHECKING:
     from ..evaluation.arms import ArmSpec
     from ..evaluation.benchmarks import Benchmark
-    from ..trajectory import Trajectory
 
-MANIFEST, RESULTS, VERSION = "manifest.json", "results.json", 1
-SHOWN = 12  # requests on the page; the figures are of all
+MANIFEST, RESULTS, VERSION = "manifest.json", "results.json", 2
+SAMPLES = ("requests", "seeds", "scores")  # parts of the results that are as long as the evaluation
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow")
+HASHED = 256 * 2**20  # bytes of a folder up to which its contents count; above, names, sizes and times do
 
 
 def evaluate(
-    benchmark: Annotated[str, typer.Option(help='"shapes" (embedded).')] = "shapes",
+    benchmark: Annotated[
+        str, typer.Option(help="shapes (embedded), geneval, ocr, drawbench, or a .jsonl or .txt file of prompts.")
+    ] = "shapes",
+    model: Annotated[str | None, typer.Option(help='"tiny" (embedded), a folder, or a hub id of a diffusers pipeline.')] = None,
     arms: Annotated[
         str | None,
-        typer.Option(help="Comma-separated; default: all of raw,single,blind,loop,loop-noimage,best-of-2,gold,oracle."),
+        typer.Option(
+            help="Comma-separated; default: all of raw,single,blind,loop,loop-noimage,best-of-2 (shapes: gold,oracle)."
+        ),
     ] = None,
-    n: Annotated[int, typer.Option(help="How many requests.")] = 300,
-    refiner: Annotated[str, typer.Option(help='The refiner under test: "tiny" (embedded), "module:object", ...')] = "tiny",
-    refine_at: Annotated[str, typer.Option(help="When the arms with the refiner in the loop look.")] = "start, "
-    "2, 3, 4, 5, 6, 7, 8, 9, 10, 11",
+    n: Annotated[int | None, typer.Option(help="How many requests. Default: all; shapes: 300.")] = None,
+    per_prompt: Annotated[int | None, typer.Option(help="Pictures of each request. Default: 1; geneval: 4.")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="NAME[:WEIGHT][<=CAP], separated by commas, the one that matters first; weight 0: reported, not in the total."
+        ),
+    ] = None,
+    reward_model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"NAME[:PART]=WEIGHTS, repeatable, as --model of `promptloop score`; PART: {', '.join(PARTS)}."),
+    ] = None,
+    refiner: Annotated[
+        str | None,
+        typer.Option(help='The refiner under test: "tiny" (embedded), a folder or hub id, a server\'s URL, "module:object".'),
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="What a language model is told; see `promptloop generate`.")] = None,
+    server_model: Annotated[str | None, typer.Option(help="The refiner's name on its server, where that has several.")] = None,
+    refine_at: Annotated[
+        str | None, typer.Option(help="When the arms with the refiner in the loop look. Default: 20%, 50%, 80%; shapes: often.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: the benchmark's own (shapes: 3).")] = None,
-    objects: Annotated[int, typer.Option(help="How many objects a request of shapes names.")] = 2,
-    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 32,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the pipeline's own (shapes: 3).")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the pipeline's own.")] = None,
+    objects: Annotated[int, typer.Option(help="shapes: how many objects a request names.")] = 2,
+    split: Annotated[str, typer.Option(help="shapes: test (held-out pairs and words), any (held-out pairs), train.")] = "test",
+    batch: Annotated[int, typer.Option(help="Pictures at a time through the pipeline.")] = 32,
+    reward_batch: Annotated[int, typer.Option(help="Pictures at a time through a reward.")] = 32,
+    device: Annotated[str | None, typer.Option(help='"cuda", "cpu", ...; default: the best there is.')] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Of the pipeline: {', '.join(DTYPES)}. Default: what fits device and model.")
+    ] = None,
     report: Annotated[
         Path, typer.Option(help="Folder for the results; given again with the same settings, it is taken up where it stopped.")
     ] = Path("promptloop-eval"),
@@ -51,38 +84,134 @@ def evaluate(
 ) -> None:
     """Arms on the same requests and seeds, with intervals, paired differences and a report. Takes up a run that was stopped."""
     if compare:
-        _print_comparison(compare, as_json)
+        print_comparison([_results(path) for path in compare], as_json)
         return
-    for option, value in (("--n", n), ("--steps", steps), ("--batch", batch)):
-        if value < 1:
+    for option, value in (
+        ("--n", n),
+        ("--steps", steps),
+        ("--batch", batch),
+        ("--reward-batch", reward_batch),
+        ("--per-prompt", per_prompt),
+    ):
+        if value is not None and value < 1:
             raise ValueError(f"{option} {value}: give a number from 1 up")
     if seed < 0:
         raise ValueError(f"--seed {seed}: give a number from 0 up")
-    refine_at = str(RefinementSchedule.parse(refine_at))
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
+    call: dict[str, Any] = {"num_inference_steps": steps, **_size(size)}
     folder = _checked_folder(report)
     from .output import quiet_libraries
 
     quiet_libraries()
-    from ..evaluation.benchmarks import BENCHMARKS
+    from ..evaluation.evaluate import Samples
+    from ..rewards.combine import parse_rewards
+    from .named import check_model, load_model, load_named_reward, load_refiner, reward_options
 
-    if benchmark not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {benchmark!r}; there are: {', '.join(BENCHMARKS)}")
-    the_benchmark = BENCHMARKS[benchmark](n, objects)
+    the_benchmark = _benchmark(benchmark, n, objects, split)
     chosen = _chosen(arms, the_benchmark)
+    refine_at = str(RefinementSchedule.parse(refine_at or the_benchmark.refine_at))
     for spec in chosen:
         RefinementSchedule.parse(spec.refine_at or refine_at).steps(steps)
+    model = _needed("--model", model, the_benchmark.model, the_benchmark, "a folder or hub id of a diffusers pipeline")
+    check_model(model)
+    if any(a.needs_refiner for a in chosen):
+        what = "a model's folder or hub id, a server's URL, or \"module:object\", or only arms without one, such as raw"
+        refiner = _needed("--refiner", refiner, the_benchmark.refiner, the_benchmark, what)
+    rewards = _needed("--reward", reward, the_benchmark.rewards, the_benchmark, "such as image-reward, pickscore:0")
+    specs = parse_rewards(rewards)
+    own = reward_options(reward_model or [], specs, "--reward-model")
+    if (guidance := the_benchmark.guidance_scale if guidance_scale is None else guidance_scale) is not None:
+        call["guidance_scale"] = guidance
+    samples = Samples.of(the_benchmark, seed, per_prompt or the_benchmark.per_prompt)
     settings = {
-        "benchmark": benchmark, "arms": [a.name for a in chosen], "n": n, "refiner": refiner, "refine_at": refine_at, "seed": seed,
-        "steps": steps, "objects": objects, "batch": batch,
-        "guidance_scale": the_benchmark.guidance_scale if guidance_scale is None else guidance_scale,
+        "benchmark": benchmark, "model": model, "n": len(the_benchmark.requests), "per_prompt": per_prompt or the_benchmark.per_prompt,
+        "refiner": refiner, "template": template, "server_model": server_model, "refine_at": refine_at, "seed": seed, "steps": steps,
+        "objects": objects, "split": split, "batch": batch, "guidance_scale": guidance, "size": size, "device": device, "dtype": dtype,
     }  # fmt: skip
-    manifest = {"version": VERSION, "settings": settings, "versions": _versions(), "files": _files(refiner)}
-    _check_manifest(folder, manifest)
-    found = _run(the_benchmark, chosen, manifest, folder)
-    _report(the_benchmark, found, manifest, folder, as_json)
+    manifest = {
+        "version": VERSION, "settings": settings, "versions": _versions(), "files": _files(benchmark, model, refiner),
+        "rewards": {name: _sources(options) for name, options in own.items()},
+    }  # fmt: skip
+    manifest = _checked_manifest(folder, manifest)
+    common = {"device": device, "batch_size": reward_batch}
+    from ..evaluation.evaluate import evaluate as run
+
+    with _Bars() as bars:
+        found = run(
+            the_benchmark, chosen, samples, specs, folder,
+            model=lambda: load_model(model, device, dtype),
+            refiner=lambda: load_refiner(str(refiner), template, server_model),
+            rewards={name: partial(load_named_reward, name, options, **common) for name, options in own.items()},
+            refine_at=refine_at, batch=batch, reward_batch=reward_batch, begin=partial(_begin, folder, manifest), progress=bars.next,
+            **call,
+        )  # fmt: skip
+    results, page = write(the_benchmark, chosen, samples, specs, found, manifest, folder)
+    _write_json(folder / RESULTS, results)
+    if as_json:
+        print(json.dumps({k: v for k, v in results.items() if k not in SAMPLES} | {"report": str(page)}, indent=1))
+        return
+    print_results(results, page)
+
+
+def _begin(folder: Path, manifest: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / MANIFEST, manifest)
+
+
+class _Bars:
+    """One progress bar after another."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def next(self, what: str, total: int, done: int) -> Any:
+        from tqdm import tqdm
+
+        self.__exit__()
+        self.bar = tqdm(total=total, initial=done, unit="image", leave=False, desc=what)
+        return self.bar.update
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 # --- what is asked for, before anything is loaded -----------------------------------------------------------------------
+
+
+def _benchmark(name: str, n: int | None, objects: int, split: str) -> Benchmark:
+    from ..evaluation.benchmarks import BENCHMARKS, from_file
+
+    if name == "shapes":
+        return BENCHMARKS[name](n, objects, split)
+    if name in BENCHMARKS:
+        return BENCHMARKS[name](n)
+    path = Path(name).expanduser()
+    if path.suffix not in (".jsonl", ".txt"):
+        raise ValueError(
+            f"unknown benchmark {name!r}; there are: {', '.join(BENCHMARKS)}, and .jsonl or .txt files of your own"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of prompts at {path}")
+    return from_file(path, n)
+
+
+def _needed(option: str, given: str | None, default: str | None, benchmark: Benchmark, what: str) -> str:
+    if found := given or default:
+        return found
+    raise ValueError(f"the benchmark {benchmark.name} has no {option[2:]} of its own; give {option}, {what}")
+
+
+def _size(text: str | None) -> dict[str, int]:
+    if text is None:
+        return {}
+    if not (found := re.fullmatch(r"([1-9]\d{0,4})[xX]([1-9]\d{0,4})", text.strip())):
+        raise ValueError(f"--size {text!r}: give WIDTHxHEIGHT in pixels, such as 1024x768")
+    return {"width": int(found[1]), "height": int(found[2])}
 
 
 def _chosen(arms: str | None, benchmark: Benchmark) -> list[ArmSpec]:
@@ -113,51 +242,72 @@ def _versions() -> dict[str, str]:
     return {"promptloop": __version__, "python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
 
 
-def _files(refiner: str) -> dict[str, str]:
-    """Check sums of what is measured, so that retrained weights or an edited refiner are not taken for the old ones."""
+def _files(benchmark: str, model: str, refiner: str | None) -> dict[str, str]:
+    """Check sums of what is measured, so that retrained weights, an edited refiner or other prompts are not taken for the old ones."""
     from ..tiny import WEIGHTS
 
     found = {"embedded weights": _check_sum(WEIGHTS)}
-    module = refiner.partition(":")[0]
+    for what, place in (("benchmark file", benchmark), ("model files", model)):
+        if Path(place).expanduser().exists():
+            found[what] = _check_sum(Path(place).expanduser())
+    module = (refiner or "").partition(":")[0]
     try:
-        spec = importlib.util.find_spec(module) if ":" in refiner and "/" not in refiner else None
+        spec = importlib.util.find_spec(module) if refiner and ":" in refiner and "/" not in refiner else None
     except Exception:  # somebody's package that cannot be imported: the loader will say so
         spec = None
-    path = Path(spec.origin) if spec and spec.origin else Path(refiner).expanduser()
-    return found | ({"refiner files": _check_sum(path)} if path.exists() else {})
+    path = Path(spec.origin) if spec and spec.origin else Path(refiner or "").expanduser()
+    return found | ({"refiner files": _check_sum(path)} if refiner and path.exists() else {})
+
+
+def _sources(options: dict[str, str]) -> dict[str, str]:
+    """A reward's options, with check sums of those that are files."""
+    places = {key: Path(value).expanduser() for key, value in options.items()}
+    return options | {f"{key} files": _check_sum(path) for key, path in places.items() if path.exists()}
 
 
 def _check_sum(path: Path) -> str:
     total = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    contents = sum(file.stat().st_size for file in files) <= HASHED
+    for file in files:
         total.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as f:
-            total.update(hashlib.file_digest(f, "sha256").digest())
+        if contents:
+            with open(file, "rb") as f:
+                total.update(hashlib.file_digest(f, "sha256").digest())
+        else:
+            total.update(f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return total.hexdigest()[:16]
 
 
-def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the folder is to hold: arms and rewards may be added to an evaluation, all else has to be as it was."""
     file = folder / MANIFEST
     if not file.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"the folder {folder} holds something, but no evaluation; choose another one with --report")
-        return
+        return manifest
     old = _read_json(file)
-    for part, wanted in manifest.items():
-        before = old.get(part)
+    if old["version"] != VERSION:
+        raise ValueError(
+            f"the folder {folder} holds an evaluation of an older version of PromptLoop; choose another one with --report"
+        )
+    rewards = {**old["rewards"], **manifest["rewards"]}
+    for part, wanted in (manifest | {"rewards": rewards}).items():
+        before = (
+            old["rewards"] | {k: v for k, v in rewards.items() if k not in old["rewards"]}
+            if part == "rewards"
+            else old.get(part)
+        )
         if before == wanted:
             continue
         a, b = (p if isinstance(p, dict) else {part: p} for p in (before, wanted))
         key = next(k for k in [*b, *a] if a.get(k) != b.get(k))
         raise ValueError(
-            f"the folder {folder} holds an evaluation of which the {part} differ: {key} is {_show(a.get(key))} there and "
-            f"{_show(b.get(key))} now; nothing was changed. Repeat what it was made with to go on with it, or choose another folder "
+            f"the folder {folder} holds an evaluation of which the {part} differ: {key} is {shown(a.get(key))} there and "
+            f"{shown(b.get(key))} now; nothing was changed. Repeat what it was made with to go on with it, or choose another folder "
             "with --report"
         )
-
-
-def _show(value: Any) -> str:
-    return "none" if value is None else ",".join(value) if isinstance(value, list) else str(value)
+    return manifest | {"rewards": rewards}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -177,143 +327,11 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     unfinished.replace(file)
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------
-
-
-def _run(
-    benchmark: Benchmark, chosen: Sequence[ArmSpec], manifest: dict[str, Any], folder: Path
-) -> dict[str, list[Trajectory]]:
-    """Renders what is not on disk yet; nothing is loaded when all is."""
-    from tqdm import tqdm
-
-    from ..evaluation.arms import better, render, take_up, with_rivals
-
-    settings, asked, n = manifest["settings"], benchmark.requests, len(benchmark.requests)
-    rendered = with_rivals(chosen, benchmark.arms)
-    done = {a.name: take_up(folder / a.name, asked, a.seeds(settings["seed"], n)) for a in rendered}
-    missing = [a for a in rendered if len(done[a.name]) < n]
-    refiner = pipe = None
-    if any(a.needs_refiner for a in missing):
-        from .named import load_refiner
-
-        refiner = load_refiner(settings["refiner"])
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / MANIFEST, manifest)
-    with tqdm(total=len(rendered) * n, initial=sum(map(len, done.values())), unit="image", leave=False) as bar:
-        for arm in missing:
-            bar.set_description(arm.name)
-            pipe = pipe or benchmark.load_pipeline()
-            render(
-                pipe, arm, refiner, settings["refine_at"], asked, arm.seeds(settings["seed"], n), done[arm.name], folder / arm.name,
-                score=benchmark.score, batch=settings["batch"], progress=bar.update, num_inference_steps=settings["steps"],
-                guidance_scale=settings["guidance_scale"],
-            )  # fmt: skip
-    return {
-        a.name: [better(done[a.second_of][i], done[a.name][i], benchmark.choose_by) if a.second_of else done[a.name][i]
-                 for i in range(n)]
-        for a in chosen
-    }  # fmt: skip
-
-
-def _report(
-    benchmark: Benchmark, found: dict[str, list[Trajectory]], manifest: dict[str, Any], folder: Path, as_json: bool
-) -> None:
-    from ..evaluation.benchmarks import column, figures
-    from ..evaluation.report import Arm, write_report
-    from .output import print_table
-
-    rows, n = figures(benchmark, found), len(benchmark.requests)
-    first = manifest["settings"]["seed"]
-    scores = {name: {m: column(arm, m) for m in benchmark.metrics} for name, arm in found.items()}
-    samples = {"requests": benchmark.requests, "seeds": [first + i for i in range(n)], "scores": scores}
-    _write_json(folder / RESULTS, manifest | {"arms": rows} | samples)
-    summary, looks = _summary(rows, benchmark.metrics), _looks(rows)
-    shown = f" Shown are the first {SHOWN} of {n} requests; the table is of all." if n > SHOWN else ""
-    page = write_report(
-        [Arm(row["arm"], row["note"], found[row["arm"]][:SHOWN]) for row in rows], folder / "index.html",
-        title=f"PromptLoop on {benchmark.name}",
-        intro=benchmark.intro + shown, pixelated=benchmark.pixelated,
-        table=[row | next((x for x in looks if x["arm"] == row["arm"]), {}) for row in summary],
-    )  # fmt: skip
-    if as_json:
-        print(json.dumps(manifest | {"arms": rows, "report": str(page)}, indent=1))
-        return
-    print_table(summary)
-    if looks:
-        print("\nTurns with a picture, judged by the preview that was decoded (intervals: bootstrap over samples):")
-        print_table(looks)
-    print(f"\n{n} requests, the same seeds in all arms; brackets are 95% intervals.\nreport: {page}")
-
-
-# --- tables -------------------------------------------------------------------------------------------------------------
-
-
-def _interval(value: dict[str, Any] | None, sign: str = "") -> str:
-    if value is None or value["mean"] is None:
-        return "-"
-    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
-
-
-def _gain(value: dict[str, Any] | None) -> str:
-    pairs = f" {value['better']} better, {value['worse']} worse" if value and value["paired"] else ""
-    return _interval(value, "+") + pairs
-
-
-def _summary(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, str]]:
-    table = []
-    for row in rows:
-        cells = {"arm": row["arm"], "n": str(row["n"]), metrics[0]: _interval(row[metrics[0]])}
-        cells |= {m: _interval(row[m]).split(" ")[0] for m in metrics[1:]}
-        cells |= {
-            "changes/image": f"{row['changes_per_image']:.2f}",
-            "failed turns": f"{row['failed_turns']} of {row['turns']}",
-        }
-        cells |= {"s/image": f"{row['seconds_per_image']:.2f}"}
-        if any("loop_minus_arm" in r for r in rows):
-            cells[f"loop minus arm, {metrics[0]}"] = _gain(row["loop_minus_arm"][metrics[0]]) if "loop_minus_arm" in row else ""
-        table.append(cells)
-    return table
-
-
-def _looks(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    return [
-        {"arm": row["arm"], **{name: f"{_interval(x)} {x['count']} of {x['of']}" for name, x in row["looks"].items()}}
-        for row in rows
-        if "looks" in row
-    ]
-
-
-def _print_comparison(files: tuple[Path, Path], as_json: bool) -> None:
-    from ..evaluation.benchmarks import compare
-    from .output import print_table
-
-    paths = [file / RESULTS if file.is_dir() else file for file in files]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no results at {path}: --compare takes two {RESULTS} of `promptloop eval`, or their folders"
-            )
-    both = [_read_json(path) for path in paths]
-    for path, results in zip(paths, both):
-        if missing := [k for k in ("settings", "arms", "scores", "requests", "seeds") if k not in results]:
-            raise ValueError(f"{path} holds no results of `promptloop eval`: it lacks {', '.join(missing)}")
-    found = compare(*both)
-    if as_json:
-        print(json.dumps({"first": str(paths[0]), "second": str(paths[1]), **found}, indent=1))
-        return
-    for name, path in zip(("first", "second"), paths):
-        print(f"{name}: {path}")
-    for key, (a, b) in found["differs"].items():
-        print(f"{key}: {_show(a)} / {_show(b)}")
-    print()
-    sides = ("first", "second")
-    print_table([
-        {"arm": row["arm"], "figure": row["figure"], **{s: _interval(row.get(s)) for s in sides},
-         "second minus first": _gain(row["second_minus_first"]) if "second_minus_first" in row else ""}
-        for row in found["rows"]
-    ])  # fmt: skip
-    how = (
-        "the same requests and seeds: differences are paired" if found["paired"]
-        else "requests or seeds differ: differences are NOT paired, and their intervals wider than they could be"
-    )  # fmt: skip
-    print(f"\n{how}; brackets are 95% intervals")
+def _results(path: Path) -> tuple[Path, dict[str, Any]]:
+    path = path / RESULTS if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no results at {path}: --compare takes two {RESULTS} of `promptloop eval`, or their folders")
+    results = _read_json(path)
+    if missing := [k for k in ("settings", "arms", *SAMPLES) if k not in results]:
+        raise ValueError(f"{path} holds no results of `promptloop eval`: it lacks {', '.join(missing)}")
+    return path, results

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from ..refiner import View
 from ..schedule import RefinementSchedule
-from .named import load_refiner
+from .named import check_model, load_model, load_refiner
 from .output import check_text, fresh_folder, quiet_libraries
 
 TINY_SCHEDULE = "start, 10%, 15%, 20%, 25%, 30%, 35%, 40%, 45%, 50%, 55%"
@@ -59,8 +58,7 @@ def generate(
     check_text(prompt)
     if refiner in ("tiny", "oracle"):
         _check_world(prompt, model)
-    if model != "tiny" and _looks_like_a_path(model) and not Path(model, "model_index.json").is_file():
-        raise FileNotFoundError(f'no pipeline at {model}: expected a folder with model_index.json, a hub id, or "tiny"')
+    check_model(model)
 
     quiet_libraries()
     the_refiner = replay or load_refiner(refiner, template, server_model)
@@ -85,23 +83,9 @@ def generate(
     from ..replay import save_schedule
     from ..trajectory import save
 
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    pipe = load_model(model)
     if model == "tiny":
-        from ..tiny import load_pipeline
-
-        pipe = load_pipeline("sd").to(device)
         guidance_scale = 3.0 if guidance_scale is None else guidance_scale
-    else:
-        from diffusers import DiffusionPipeline
-
-        try:
-            pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32 if device == "cpu" else torch.float16)
-        except OSError as e:
-            raise OSError(
-                f"cannot load the model {model!r}: no such pipeline on the hub, or it cannot be reached ({type(e).__name__}); "
-                'give a folder, a hub id, or "tiny"'
-            ) from e
-        pipe.to(device)
     loop = attach(pipe, refiner=the_refiner, refine_at=refine_at, strict=strict, apriori=apriori)
     options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     generators = [torch.Generator().manual_seed(seed + k) for k in range(n)]
@@ -155,7 +139,3 @@ def _tiny_score(image: Any, prompt: str) -> dict[str, float]:
 def _turn(turn: Any) -> dict[str, Any]:
     names = ("step", "num_steps", "sigma", "before", "after", "reasoning", "notes", "error", "boundary", "seconds", "tokens")
     return {name: getattr(turn, name) for name in names}
-
-
-def _looks_like_a_path(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or os.sep in model.rstrip("/")[model.find("/") + 1 :] or Path(model).exists()

@@ -1,12 +1,19 @@
-"""Refiners by the name that a user types: the same names for every command."""
+"""Refiners, models and rewards by the names that a user types: the same names for every command."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..dotted import load_object
+from ..rewards.combine import NAMED, RewardSpec, check_name, load_reward
+
+DTYPES = ("float32", "float16", "bfloat16")
+PARTS = ("tokenizer", "clip", "server_model", "version", "checks")
 
 ALLOWED = (
     '"tiny" (embedded), "oracle" (reads its verifier), "none", a folder or hub id, the URL of a server, or "module:object"'
@@ -53,3 +60,77 @@ def _refuse(name: str, **given: Any) -> None:
     for option, value in given.items():
         if value is not None:
             raise ValueError(f"the refiner {name!r} has no use for {option} {value!r}; leave it out, or name a language model")
+
+
+# --- models -------------------------------------------------------------------------------------------------------------
+
+
+def check_model(name: str) -> None:
+    """Says at once that a folder holds no pipeline; a hub id is tried when it is loaded. Raises FileNotFoundError."""
+    path = name.startswith((".", "/", "~")) or os.sep in name.rstrip("/")[name.find("/") + 1 :] or Path(name).exists()
+    if name != "tiny" and path and not Path(name).expanduser().joinpath("model_index.json").is_file():
+        raise FileNotFoundError(f'no pipeline at {name}: expected a folder with model_index.json, a hub id, or "tiny"')
+
+
+def load_model(name: str, device: str | None = None, dtype: str | None = None) -> Any:
+    """A diffusers pipeline: "tiny" (embedded), a folder or a hub id.
+
+    device: default: the best there is. dtype: one of `DTYPES`; default: float32 on a CPU; elsewhere bfloat16 for transformers, whose
+    activations overflow float16, and float16 for UNets. Raises OSError or ValueError with one clear line.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "tiny":
+        from ..tiny import load_pipeline
+
+        return load_pipeline("sd").to(device)
+    from diffusers import DiffusionPipeline
+
+    place = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    try:
+        parts = DiffusionPipeline.load_config(place)
+        kind = dtype or ("float32" if device == "cpu" else "bfloat16" if "transformer" in parts else "float16")
+        return DiffusionPipeline.from_pretrained(place, dtype=getattr(torch, kind)).to(device)
+    except OSError as e:
+        raise OSError(
+            f"cannot load the model {name!r}: no such pipeline on the hub, or it cannot be reached ({type(e).__name__}); "
+            'give a folder, a hub id, or "tiny"'
+        ) from e
+
+
+# --- rewards ------------------------------------------------------------------------------------------------------------
+
+
+def reward_options(given: Sequence[str], specs: Sequence[RewardSpec], option: str) -> dict[str, dict[str, str]]:
+    """NAME[:PART]=WEIGHTS, as options of each reward. Raises ValueError, naming `option`."""
+    found: dict[str, dict[str, str]] = {s.name: {} for s in specs}
+    for text in given:
+        whole, equals, source = text.partition("=")
+        name, _, part = whole.partition(":") if whole not in found else (whole, "", "")
+        if not equals or not source.strip() or part not in ("", *PARTS):
+            raise ValueError(
+                f"cannot read {option} {text!r}; write NAME=WEIGHTS, such as image-reward=ImageReward.pt, or NAME:PART=WEIGHTS with "
+                f"the part {', '.join(PARTS[:-1])} or {PARTS[-1]}"
+            )
+        check_name(name)
+        if name not in found:
+            raise ValueError(f"{option} {text!r} is for a reward that is not asked for; there are {', '.join(found)}")
+        if (part or "model") not in takes(name):
+            raise ValueError(f"{option} {text!r}: the reward {name} has no {part or 'model'}")
+        found[name][part or "model"] = source
+    return found
+
+
+def takes(name: str) -> frozenset[str]:
+    """The options that a reward can be loaded with; none for one that is ready as it is."""
+    if name not in NAMED:
+        return frozenset()
+    found = load_object(NAMED[name][0], "reward")
+    parameters = frozenset(inspect.signature(found).parameters)
+    return frozenset() if "images" in parameters else parameters
+
+
+def load_named_reward(name: str, own: dict[str, Any], **common: Any) -> Any:
+    """own: options that the user gave it. common: those of all rewards, of which it gets what it takes."""
+    return load_reward(name, **{k: v for k, v in common.items() if k in takes(name)} | own)

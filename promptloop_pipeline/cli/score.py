@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..rewards.combine import NAMED, RewardSpec, check_name, load_reward, parse_rewards, score_all, weighted_sum
+from ..reward import ask_why
+from ..rewards.combine import NAMED, RewardSpec, parse_rewards, weighted_sum
+from .named import DTYPES, PARTS, load_named_reward, reward_options
 
-PARTS = ("tokenizer", "clip")
-DTYPES = ("float32", "float16", "bfloat16")
 REWARDS = (
     "NAME[:WEIGHT][<=CAP], separated by commas; weight 0: shown, and not in the total. Names: "
     + ", ".join(n for n in NAMED if n != "format")
@@ -32,7 +32,7 @@ def score(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME[:PART]=WEIGHTS, repeatable: a file, folder or hub id that a reward is to use; PART: tokenizer, clip."
+            help=f"NAME[:PART]=WEIGHTS, repeatable: a file, folder, hub id or URL that a reward is to use; PART: {', '.join(PARTS)}."
         ),
     ] = None,
     refined: Annotated[
@@ -50,29 +50,31 @@ def score(
     if not all(p.strip() for p in prompts):
         raise ValueError('the prompt is empty; say what was asked for, for example "a red circle left of a blue square"')
     context: dict[str, list[Any]] = {"refined": _for_each("--refined", refined, len(images))} if refined else {}
-    sources = _sources(model or [], specs)
     _check(specs, bool(refined), dtype, batch, as_json and as_csv)
     from .output import print_table, quiet_libraries
 
     quiet_libraries()
+    own = reward_options(model or [], specs, "--model")
     from ..rewards.images import load_image
 
     for path in images:  # all of them, before a model is loaded
         load_image(path)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch}
-    rewards = {s.name: load_reward(s.name, **(options | sources.get(s.name, {}) if _has_model(s.name) else {})) for s in specs}
+    rewards = {s.name: load_named_reward(s.name, own[s.name], device=device, dtype=dtype, batch_size=batch) for s in specs}
     raw: dict[str, list[float | None]] = {s.name: [] for s in specs}
+    details: list[dict[str, Any]] = [{} for _ in images]
     from tqdm import tqdm
 
     starts = range(0, len(images), CHUNK)
     for start in tqdm(starts, unit_scale=CHUNK, unit="picture", disable=None if len(starts) > 1 else True):
         part = slice(start, start + CHUNK)
         given = {key: values[part] for key, values in context.items()}
-        found = score_all(rewards, [load_image(p) for p in images[part]], prompts[part], **given)
-        for name, values in found.items():
-            raw[name] += values
+        pictures = [load_image(p) for p in images[part]]
+        for name, one in rewards.items():
+            for k, said in enumerate(ask_why(one, pictures, prompts[part], name, **given), start):
+                raw[name].append(said.score)
+                details[k] |= {name: said.details} if said.details else {}
     rows: list[dict[str, Any]] = [
-        {"image": str(path), "scores": {name: values[k] for name, values in raw.items()}, "total": total}
+        {"image": str(path), "scores": {name: values[k] for name, values in raw.items()}, "total": total, "details": details[k]}
         for k, (path, total) in enumerate(zip(images, weighted_sum(raw, specs), strict=True))
     ]
     if as_json:
@@ -82,37 +84,16 @@ def score(
         _print_csv(rows, specs)
     else:
         print_table([{"image": str(row["image"]), **{n: _shown(v) for n, v in _columns(row, specs).items()}} for row in rows])
+        for row in rows:
+            for name, said in row["details"].items():
+                if "error" in said:
+                    print(f"{row['image']}: {name} gave no score: {said['error']}")
 
 
 def _for_each(option: str, given: list[str], n: int) -> list[str]:
     if len(given) not in (1, n):
         raise ValueError(f"{option} is given {len(given)} times for {n} pictures; give it once, or once for each")
     return given if len(given) == n else given * n
-
-
-def _has_model(name: str) -> bool:
-    return name in NAMED and ".rewards." in NAMED[name][0] and name not in ("length", "format")
-
-
-def _sources(given: list[str], specs: list[RewardSpec]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for text in given:
-        whole, equals, source = text.partition("=")
-        name, _, part = whole.partition(":")
-        if not equals or not source.strip() or part not in ("", *PARTS):
-            raise ValueError(
-                f"cannot read --model {text!r}; write NAME=WEIGHTS, such as image-reward=ImageReward.pt, or NAME:PART=WEIGHTS with the "
-                f"part {' or '.join(PARTS)}"
-            )
-        check_name(name)
-        if name not in [s.name for s in specs]:
-            raise ValueError(
-                f"--model {text!r} is for a reward that is not asked for; there are {', '.join(s.name for s in specs)}"
-            )
-        if not _has_model(name):
-            raise ValueError(f"--model {text!r}: the reward {name} has no model")
-        found.setdefault(name, {})[part or "model"] = source
-    return found
 
 
 def _check(specs: list[RewardSpec], refined: bool, dtype: str, batch: int, two_forms: bool) -> None:

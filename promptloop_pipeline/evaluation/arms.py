@@ -12,7 +12,9 @@ from typing import Any
 
 from ..refiner import Refinement, Refiner, View
 from ..refiners.scripted import NoOpRefiner
-from ..trajectory import FILE, Trajectory, load, save
+from ..rewards.images import load_image
+from ..trajectory import FILE, Trajectory, iterate, save
+from .memory import peak_memory
 from .run import run_arm
 
 SECOND = 10**6  # how far the second seeds lie from the first
@@ -59,14 +61,28 @@ def _grey(seen: Any) -> Any:
     return seen if seen.image is None else replace(seen, image=Image.new("RGB", seen.image.size, GREY))
 
 
+class UnseeingRefiner:
+    """Another refiner at the same turns, given no picture at all: rewriting again and again without looking."""
+
+    looks = False
+
+    def __init__(self, refiner: Refiner) -> None:
+        self.refiner = refiner
+
+    def refine(self, views: Sequence[View]) -> list[Refinement]:
+        return self.refiner.refine([replace(v, image=None) for v in views])
+
+
 # What any benchmark can have; arms that know a benchmark's answers are its own.
 RAW = ArmSpec("raw", "the user's words, as they are", lambda _: NoOpRefiner(), "none", needs_refiner=False)
 SINGLE = ArmSpec("single", "rewritten once by the refiner, before the first step", lambda r: r, "start")
+BLIND = ArmSpec("blind", "the refiner at its schedule, without any picture", UnseeingRefiner)
 LOOP = ArmSpec("loop", "the refiner at its schedule, looking at the x0-estimate", lambda r: r)
 LOOP_NOIMAGE = ArmSpec("loop-noimage", "the same refiner and schedule, shown a flat grey picture", GreyRefiner)
 BEST_OF_2 = ArmSpec(
     "best-of-2", "single with two seeds, the better by the score itself: twice the cost", lambda r: r, "start", second_of="single"
 )  # fmt: skip
+ARMS = (RAW, SINGLE, BLIND, LOOP, LOOP_NOIMAGE, BEST_OF_2)
 
 
 def with_rivals(chosen: Sequence[ArmSpec], allowed: Sequence[ArmSpec]) -> list[ArmSpec]:
@@ -76,23 +92,29 @@ def with_rivals(chosen: Sequence[ArmSpec], allowed: Sequence[ArmSpec]) -> list[A
 
 
 def take_up(folder: Path, requests: Sequence[str], seeds: Sequence[int]) -> dict[int, Trajectory]:
-    """What an arm's folder holds already, by position. A record that was torn off in writing is cut off, to be rendered anew.
+    """What an arm's folder holds already, by position, without pictures. A record that was torn off in writing is cut off, to be
+    rendered anew.
 
     Raises ValueError, naming the line, for a file that is damaged elsewhere.
     """
     file = folder / FILE
     if not file.is_file():
         return {}
+    cut_torn(file)
+    position = {key: i for i, key in enumerate(zip(requests, seeds, strict=True))}
+    found: dict[int, Trajectory] = {}
+    for t in iterate(file, pictures=False, previews=False):
+        if (i := position.get((t.request, t.meta.get("seed", -1)))) is not None:
+            found.setdefault(i, t)
+    return found
+
+
+def cut_torn(file: Path) -> None:
+    """Cuts off a last line that was torn off in writing."""
     data = file.read_bytes()
     if (whole := data.rfind(b"\n") + 1) < len(data):
         with open(file, "r+b") as f:
             f.truncate(whole)
-    position = {key: i for i, key in enumerate(zip(requests, seeds, strict=True))}
-    found: dict[int, Trajectory] = {}
-    for t in load(file):
-        if (i := position.get((t.request, t.meta.get("seed", -1)))) is not None:
-            found.setdefault(i, t)
-    return found
 
 
 def render(
@@ -105,12 +127,13 @@ def render(
     done: dict[int, Trajectory],
     folder: Path,
     *,
-    score: Callable[[Trajectory], dict[str, float | None]],
     batch: int,
+    sources: Sequence[str] | None = None,
     progress: Callable[[int], Any] = lambda n: None,
     **options: Any,
 ) -> None:
-    """Renders what `done` lacks, into it and onto disk, batch by batch. `options` go to the pipeline's call.
+    """Renders what `done` lacks, onto disk and (without pictures) into it, batch by batch. sources: files of the pictures to start
+    from. `options` go to the pipeline's call.
 
     Batches have the same bounds whatever is there already: a picture may differ in its last bit with the size of its batch.
     """
@@ -120,16 +143,21 @@ def render(
         if not todo:
             continue
         clock = time.perf_counter()
-        found = run_arm(
-            pipe, [requests[i] for i in todo], [seeds[i] for i in todo], the_refiner, arm.refine_at or refine_at, score=score,
-            batch=batch, progress=progress, **options,
-        )  # fmt: skip
+        with peak_memory() as memory:
+            found = run_arm(
+                pipe, [requests[i] for i in todo], [seeds[i] for i in todo], the_refiner, arm.refine_at or refine_at, batch=batch,
+                sources=None if sources is None else [load_image(sources[i]) for i in todo], progress=progress, **options,
+            )  # fmt: skip
         seconds = (time.perf_counter() - clock) / len(todo)
         for i, t in zip(todo, found, strict=True):
             t.id = f"{i:05d}"
-            t.meta |= {"arm": arm.name, "seconds": seconds}
+            t.meta |= {"arm": arm.name, "seconds": seconds, "memory": dict(memory)}
         save(found, folder)
-        done |= dict(zip(todo, found, strict=True))
+        done |= {i: without_pictures(t) for i, t in zip(todo, found, strict=True)}
+
+
+def without_pictures(t: Trajectory) -> Trajectory:
+    return replace(t, image=None, turns=[replace(turn, image=None) for turn in t.turns], others=[])
 
 
 def better(first: Trajectory, second: Trajectory, by: str) -> Trajectory:

@@ -26,7 +26,8 @@ from ..tiny.refiners import OracleRefiner, RotationRefiner, SingleShotRefiner, Y
 from ..tiny.scenes import free_cells, plan
 from ..tiny.verifier import verify
 from ..trajectory import Trajectory
-from .run import paired_difference, run_arm
+from .run import run_arm
+from .statistics import paired_difference
 
 LOOKS = {
     "look 3,5,7,9": "start, 3, 5, 7, 9",

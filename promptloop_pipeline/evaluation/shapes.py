@@ -7,18 +7,18 @@ and to what. All is judged on the preview that the host decoded, whatever the re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-import numpy as np
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ..refiner import Refinement, Refiner, View
+from ..reward import Judgement
 from ..tiny.language import parse, system_caption, with_clear
 from ..tiny.refiners import OracleRefiner, RotationRefiner, SingleShotRefiner, single_shot
 from ..tiny.scenes import SLOTS, Spec, free_cells, plan
 from ..tiny.verifier import sticker_amounts
-from ..trajectory import Trajectory, Turn
+from ..trajectory import Turn
 from .arms import BEST_OF_2, LOOP, LOOP_NOIMAGE, RAW, SINGLE, ArmSpec
+from .statistics import share
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,9 +116,27 @@ def oracle_prompt(request: str, image: Image) -> str | None:
     return with_clear(single_shot(request), tuple(found)) if found else None
 
 
-def turn_figures(arm: Sequence[Trajectory]) -> dict[str, dict[str, float | int | None]]:
+def looks(images: Sequence[Any], prompts: Sequence[str], **context: Any) -> list[float | None]:
+    """A reward in form only: each single look of the `trajectories`, judged, as details. The score is the share of looks after which
+    the prompt is what the oracle would have made it; None for a run that never looked."""
+    return [j.score for j in judged_looks(images, prompts, **context)]
+
+
+def judged_looks(images: Sequence[Any], prompts: Sequence[str], **context: Any) -> list[Judgement]:
+    found = []
+    for t in context["trajectories"]:
+        of = [judge_look(t.request, turn) for turn in t.turns if turn.image is not None]
+        score = sum(x.agrees for x in of) / len(of) if of else None
+        found.append(Judgement(score, {"looks": [asdict(x) for x in of]}))
+    return found
+
+
+looks.judge = judged_looks  # type: ignore[attr-defined]  # as `Reward` says
+
+
+def look_figures(details: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
     """Shares over all turns with a picture, each with its counts and a 95% interval; {} for an arm that does not look."""
-    looks = [[judge_look(t.request, turn) for turn in t.turns if turn.image is not None] for t in arm]
+    looks = [[Judged(**x) for x in d.get("looks", ())] for d in details]
     if not any(looks):
         return {}
     every = [len(of) for of in looks]
@@ -131,19 +149,3 @@ def turn_figures(arm: Sequence[Trajectory]) -> dict[str, dict[str, float | int |
         ),
         "as the oracle": share([sum(x.agrees for x in of) for of in looks], every),
     }
-
-
-def share(hits: Sequence[int], of: Sequence[int], resamples: int = 10_000) -> dict[str, float | int | None]:
-    """Hits in all, one entry a sample. The interval is a percentile bootstrap over samples, since the turns of one are alike."""
-    a, b = np.asarray(hits), np.asarray(of)
-    found: dict[str, float | int | None] = {"mean": None, "low": None, "high": None, "count": int(a.sum()), "of": int(b.sum())}
-    if not b.sum():
-        return found
-    rng = np.random.default_rng(0)
-    ratios: list[float] = []
-    for _ in range(resamples // 500):
-        picked = rng.integers(0, len(a), (500, len(a)))
-        top, bottom = a[picked].sum(1), b[picked].sum(1)
-        ratios += (top[bottom > 0] / bottom[bottom > 0]).tolist()
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return found | {"mean": float(a.sum() / b.sum()), "low": float(low), "high": float(high)}

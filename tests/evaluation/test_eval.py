@@ -11,8 +11,12 @@ import pytest
 from PIL import Image
 
 from promptloop_pipeline import FunctionRefiner, NoOpRefiner, Refinement, Trajectory, Turn, View, cli, tiny
-from promptloop_pipeline.evaluation import arms, benchmarks, headroom, shapes
-from promptloop_pipeline.evaluation.run import paired_difference, run_arm
+from promptloop_pipeline.cli import named
+from promptloop_pipeline.evaluation import arms, figures, headroom, shapes, statistics
+from promptloop_pipeline.evaluation.run import run_arm
+from promptloop_pipeline.evaluation.scoring import read_scores
+from promptloop_pipeline.evaluation.statistics import paired_difference
+from promptloop_pipeline.reward import ask_why
 from promptloop_pipeline.schedule import RefinementSchedule
 from promptloop_pipeline.tiny.language import parse, with_clear
 from promptloop_pipeline.tiny.refiners import OracleRefiner, RotationRefiner, single_shot
@@ -47,6 +51,8 @@ def without_timings(folder):
     results = json.loads((folder / "results.json").read_text())
     for row in results["arms"]:
         assert row.pop("seconds_per_image") > 0
+        assert row["measures"].pop("memory")["process"] > 0
+        del row["measures"]["cost"]
     return results
 
 
@@ -88,7 +94,8 @@ def test_arms_share_requests_and_seeds(done):
         assert [t.meta["seed"] for t in arm] == [s + 10**6 * (name == "best-of-2") for s in results["seeds"]]
         assert {t.meta["arm"] for t in arm} == {name}
         if name != "best-of-2":
-            assert [t.scores["score"] for t in arm] == results["scores"][name]["score"]
+            said = read_scores(done / name)["verifier"]
+            assert [said[t.id].score for t in arm] == results["scores"][name]["verifier"]
     pictures = {name: [t.image.tobytes() for t in arm] for name, arm in found.items()}
     assert pictures["single"] == pictures["gold"] and pictures["loop"] == pictures["oracle"]  # the refiner here is the oracle
     assert pictures["loop"] != pictures["single"] != pictures["best-of-2"]
@@ -102,11 +109,11 @@ def test_figures(done):
     assert [name for name in NAMES if "loop_minus_arm" in rows[name]] == [name for name in NAMES if name != "loop"]
     assert [name for name in NAMES if "looks" in rows[name]] == ["loop", "loop-noimage", "oracle"]
     for name in NAMES:
-        for metric in ("strict", "score"):
+        for metric in ("verifier-strict", "verifier"):
             values = results["scores"][name][metric]
             assert rows[name][metric]["mean"] == pytest.approx(np.mean(values)) and rows[name]["n"] == len(values) == 3
-    gain = rows["gold"]["loop_minus_arm"]["score"]
-    expected = paired_difference(results["scores"]["loop"]["score"], results["scores"]["gold"]["score"])
+    gain = rows["gold"]["loop_minus_arm"]["verifier"]
+    expected = paired_difference(results["scores"]["loop"]["verifier"], results["scores"]["gold"]["verifier"])
     assert {k: gain[k] for k in ("mean", "low", "high", "better", "worse", "n")} == vars(expected)
     assert rows["loop"]["turns"] == 9 and rows["loop"]["failed_turns"] == 0
     assert rows["loop"]["looks"]["as the oracle"]["mean"] == 1 and rows["loop"]["looks"]["change needed"]["of"] == 6
@@ -115,8 +122,9 @@ def test_figures(done):
 
 
 def test_best_of_2_takes_the_better_by_score(done):
-    one, two = load(done / "single"), load(done / "best-of-2")
-    scores = json.loads((done / "results.json").read_text())["scores"]["best-of-2"]["score"]
+    one, two = ([replace(t, scores={"score": said[t.id].score}) for t in load(done / arm)]
+                for arm in ("single", "best-of-2") for said in [read_scores(done / arm)["verifier"]])  # fmt: skip
+    scores = json.loads((done / "results.json").read_text())["scores"]["best-of-2"]["verifier"]
     assert scores == [max(a.scores["score"], b.scores["score"]) for a, b in zip(one, two)]
     better = arms.better(one[0], two[0], "score")
     assert better.meta["seconds"] == one[0].meta["seconds"] + two[0].meta["seconds"]  # it costs twice as much
@@ -131,7 +139,7 @@ def test_page_and_printout(done, run):
     assert page.count('class="prompt"') == 3 and "right when needed" in page and "Shown are" not in page
     code, out, _ = run(*COMMON, "--report", done)
     assert code == 0 and all(re.search(rf"^{name} ", out, re.M) for name in NAMES)
-    assert "loop minus arm, strict" in out and "better, " in out and str(done / "index.html") in out
+    assert "loop minus arm, verifier-strict" in out and "better, " in out and str(done / "index.html") in out
 
 
 def test_json_and_many_requests(done, run, tmp_path):
@@ -197,7 +205,7 @@ def test_taken_up_where_it_stopped(run, copy, rendered, damage):
 
 
 def test_a_finished_run_loads_nothing(run, copy, monkeypatch):
-    monkeypatch.setattr(benchmarks, "load_pipeline", None)
+    monkeypatch.setattr(named, "load_model", None)
     before = without_timings(copy)
     assert run(*COMMON, "--report", copy)[0] == 0
     assert without_timings(copy) == before
@@ -228,7 +236,6 @@ def test_stopped_midway(run, done, tmp_path, monkeypatch):
     [
         (("--n", "4"), "the settings differ: n is 3 there and 4 now"),
         (("--steps", "5"), "the settings differ: steps is 4 there and 5 now"),
-        (("--arms", "raw,loop"), f"the settings differ: arms is {','.join(NAMES)} there and raw,loop now"),
         (("--refine-at", "start, 1"), "the settings differ: refine_at is start, 1, 2 there and start, 1 now"),
         (("--refiner", "none"), f"the settings differ: refiner is {ORACLE} there and none now"),
         (("--guidance-scale", "2"), "the settings differ: guidance_scale is 3.0 there and 2.0 now"),
@@ -292,7 +299,7 @@ def test_an_edited_refiner_is_another_one(run, tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(run, args, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "load_pipeline", None)
+    monkeypatch.setattr(named, "load_model", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "list.json").write_text("[]")
@@ -315,14 +322,14 @@ def test_compare_the_same_samples(run, done, tmp_path):
     assert code == 0 and "differences are paired" in out and f"refiner: {ORACLE} / " in out
     code, out, _ = run("--compare", done, tmp_path / "b", "--json")
     found = json.loads(out)
-    assert found["paired"] and set(found["differs"]) == {"arms", "refiner"}
+    assert found["paired"] and set(found["differs"]) == {"refiner"}
     rows = {(row["arm"], row["figure"]): row for row in found["rows"]}
-    assert rows["gold", "score"]["second_minus_first"] | {"paired": 0} == {
+    assert rows["gold", "verifier"]["second_minus_first"] | {"paired": 0} == {
         "paired": 0, "mean": 0, "low": 0, "high": 0, "better": 0, "worse": 0, "n": 3,
     }  # fmt: skip
-    scores = [json.loads((f / "results.json").read_text())["scores"]["loop"]["score"] for f in (done, tmp_path / "b")]
-    assert rows["loop", "score"]["second_minus_first"]["mean"] == pytest.approx(np.mean(scores[1]) - np.mean(scores[0]))
-    assert "second" not in rows["raw", "strict"] and "second_minus_first" not in rows["raw", "strict"]
+    scores = [json.loads((f / "results.json").read_text())["scores"]["loop"]["verifier"] for f in (done, tmp_path / "b")]
+    assert rows["loop", "verifier"]["second_minus_first"]["mean"] == pytest.approx(np.mean(scores[1]) - np.mean(scores[0]))
+    assert "second" not in rows["raw", "verifier-strict"] and "second_minus_first" not in rows["raw", "verifier-strict"]
     assert "second" not in rows["loop", "right when needed"]  # that refiner does not look
 
 
@@ -337,23 +344,23 @@ def results_of(requests, **scores):
 def test_compare_other_samples():
     rng = np.random.default_rng(0)
     one, two = results_of(["a"] * 400, loop=rng.normal(0, 1, 400)), results_of(["b"] * 300, loop=rng.normal(1, 1, 300))
-    found = benchmarks.compare(one, two)
+    found = figures.compare(one, two)
     d = found["rows"][0]["second_minus_first"]
     assert not found["paired"] and not d["paired"] and found["differs"] == {"n": [400, 300]}
     assert d["low"] < 1 < d["high"] and d["high"] - d["low"] == pytest.approx(2 * 1.96 * np.sqrt(1 / 400 + 1 / 300), rel=0.15)
-    assert benchmarks.compare(one, one)["rows"][0]["second_minus_first"]["high"] == 0
+    assert figures.compare(one, one)["rows"][0]["second_minus_first"]["high"] == 0
     nothing = results_of(["b"], loop=[None])
-    assert benchmarks.compare(one, nothing)["rows"][0]["second_minus_first"] is None
+    assert figures.compare(one, nothing)["rows"][0]["second_minus_first"] is None
 
 
 def test_means():
     for hits, n, low, high in ((0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1)):  # Wilson's, from a table
-        found = benchmarks.mean([1.0] * hits + [0.0] * (n - hits))
+        found = statistics.mean([1.0] * hits + [0.0] * (n - hits))
         assert (found["mean"], found["n"]) == (hits / n, n)
         assert (found["low"], found["high"]) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
-    assert benchmarks.mean([0.25, 0.75, None])["n"] == 2 and benchmarks.mean([None])["mean"] is None
-    assert benchmarks.difference([None, 1.0, 3.0], [1.0, None, 2.0], paired=True)["n"] == 1
-    assert benchmarks.difference([None], [1.0], paired=True) is None
+    assert statistics.mean([0.25, 0.75, None])["n"] == 2 and statistics.mean([None])["mean"] is None
+    assert statistics.difference([None, 1.0, 3.0], [1.0, None, 2.0], paired=True)["n"] == 1
+    assert statistics.difference([None], [1.0], paired=True) is None
 
 
 # --- the arms -----------------------------------------------------------------------------------------------------------
@@ -476,27 +483,32 @@ def test_the_oracle_is_the_oracle(done):
         assert shapes.oracle_prompt(request, turn.image) == answer.prompt
 
 
+def look_figures(*trajectories):
+    said = ask_why(shapes.looks, [None] * len(trajectories), [REQUEST] * len(trajectories), trajectories=trajectories)
+    return shapes.look_figures([json.loads(json.dumps(j.details)) for j in said])
+
+
 def test_turn_figures():
     to_a = with_clear(GOLD, (A,))
     sticker, clean = (Image.fromarray(render(Scene(SPEC.objects, "black", s), random.Random(0))) for s in ((A,), ()))
     start = Turn(0, 20, REQUEST, GOLD)
     good = Trajectory(REQUEST, [start, Turn(2, 20, GOLD, to_a, 1.0, sticker), Turn(3, 20, to_a, to_a, 1.0, clean)])
     bad = Trajectory(REQUEST, [start, Turn(2, 20, GOLD, GOLD, 1.0, sticker, error="late"), Turn(3, 20, GOLD, to_a, 1.0, clean)])
-    found = shapes.turn_figures([good, bad])
+    found = look_figures(good, bad)
     counts = {name: (f["count"], f["of"], f["mean"]) for name, f in found.items()}
     assert counts == {
         "change needed": (2, 4, 0.5), "right when needed": (1, 2, 0.5),
         "changed without need": (1, 2, 0.5), "as the oracle": (2, 4, 0.5),
     }  # fmt: skip
     assert (found["right when needed"]["low"], found["right when needed"]["high"]) == (0, 1)
-    assert shapes.turn_figures([Trajectory(REQUEST, [start]), Trajectory(REQUEST)]) == {}
-    nothing = shapes.turn_figures([Trajectory(REQUEST, [Turn(3, 20, GOLD, GOLD, 1.0, clean)])])
+    assert look_figures(Trajectory(REQUEST, [start]), Trajectory(REQUEST)) == {}
+    nothing = look_figures(Trajectory(REQUEST, [Turn(3, 20, GOLD, GOLD, 1.0, clean)]))
     assert nothing["right when needed"] == {"mean": None, "low": None, "high": None, "count": 0, "of": 0}
 
 
 def test_intervals_are_over_samples_not_turns():
     """Ten turns of a sample that all go one way say no more than one of them."""
-    alike = shapes.share([10, 0] * 20, [10] * 40)
-    single = shapes.share([1, 0] * 20, [1] * 40)
+    alike = statistics.share([10, 0] * 20, [10] * 40)
+    single = statistics.share([1, 0] * 20, [1] * 40)
     assert (alike["low"], alike["high"]) == (single["low"], single["high"]) and alike["of"] == 400
     assert 0.3 < alike["low"] < 0.4 and 0.6 < alike["high"] < 0.7

@@ -3,8 +3,9 @@ import pytest
 
 from promptloop_pipeline import NoOpRefiner, Trajectory, tiny
 from promptloop_pipeline.evaluation.report import Arm
-from promptloop_pipeline.evaluation.run import paired_difference, run_arm
+from promptloop_pipeline.evaluation.run import run_arm
 from promptloop_pipeline.evaluation.sheet import FAILED, PASSED, contact_sheet
+from promptloop_pipeline.evaluation.statistics import paired_difference
 
 
 def test_paired_difference_covers_the_truth_as_often_as_it_says():
