@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MANIFEST, RESULTS, VERSION = "manifest.json", "results.json", 2
 SAMPLES = ("requests", "seeds", "scores")  # parts of the results that are as long as the evaluation
+OF_REFINER = ("refiner", "template", "server_model", "refine_at")  # settings that arms without a refiner do not read
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow")
 HASHED = 256 * 2**20  # bytes of a folder up to which its contents count; above, names, sizes and times do
 
@@ -280,7 +281,8 @@ def _check_sum(path: Path) -> str:
 
 
 def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What the folder is to hold: arms and rewards may be added to an evaluation, all else has to be as it was."""
+    """What the folder is to hold: arms and rewards may be added to an evaluation, and a refiner where none has been used; all else has
+    to be as it was."""
     file = folder / MANIFEST
     if not file.is_file():
         if folder.is_dir() and any(folder.iterdir()):
@@ -292,6 +294,10 @@ def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             f"the folder {folder} holds an evaluation of an older version of PromptLoop; choose another one with --report"
         )
     rewards = {**old["rewards"], **manifest["rewards"]}
+    unused = [m for m in (old, manifest) if m["settings"]["refiner"] is None]
+    for part, keys in (("settings", OF_REFINER), ("files", ("refiner files",))) if len(unused) == 1 else ():
+        theirs = manifest if unused[0] is old else old
+        unused[0][part] |= {k: theirs[part][k] for k in keys if k in theirs[part]}
     for part, wanted in (manifest | {"rewards": rewards}).items():
         before = (
             old["rewards"] | {k: v for k, v in rewards.items() if k not in old["rewards"]}

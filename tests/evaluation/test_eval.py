@@ -28,9 +28,9 @@ ORACLE = "promptloop_pipeline.tiny.refiners:OracleRefiner"
 COMMON = ("--n", "3", "--steps", "4", "--batch", "2", "--refiner", ORACLE, "--refine-at", "start, 1, 2", "--seed", "7")
 
 
-def call(*args, capsys):
+def call(*args, capsys, command="eval"):
     """Runs `promptloop eval` in this process; (exit code, standard output, standard error without the progress bar)."""
-    argv, sys.argv = sys.argv, ["promptloop", "eval", *map(str, args)]
+    argv, sys.argv = sys.argv, ["promptloop", command, *map(str, args)]
     try:
         cli.main()
         code = 0
