@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 NEED_SIGHT = 'use a vision-language model, or a template for text such as "reprompt"'
@@ -17,6 +17,7 @@ Conversation = list[Message] | str
 class Sampling:
     """How to generate. temperature 0 is greedy; `seed` is for nothing but this, and row k of a batch has noise of its own.
 
+    seeds: one for each conversation instead, so that its answer does not depend on what else is in the batch.
     max_new_tokens: the token budget of one answer. top_p: in (0, 1]. num_beams > 1: beam search, greedy only.
     """
 
@@ -26,6 +27,11 @@ class Sampling:
     num_beams: int = 1
     length_penalty: float = 1.0
     seed: int = 0
+    seeds: tuple[int, ...] | None = None
+
+    def seed_of(self, row: int) -> int:
+        """Of conversation `row` of the batch."""
+        return self.seed * 1_000_033 + row if self.seeds is None else self.seeds[row]
 
     def __post_init__(self) -> None:
         for name, ok, allowed in (
@@ -37,6 +43,9 @@ class Sampling:
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {allowed}")
+
+
+OPTIONS: dict[str, Any] = {f.name: type(f.default) for f in fields(Sampling) if f.name != "seeds"}  # what users and templates may set
 
 
 @dataclass(frozen=True)

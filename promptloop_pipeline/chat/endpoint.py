@@ -255,7 +255,7 @@ def _connection(url: str, timeout: float) -> tuple[HTTPConnection, str, dict[str
 
 def _payload(conversation: Conversation, model: str, sampling: Sampling, row: int) -> bytes:
     messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
-    numbers = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": (sampling.seed * 1_000_033 + row) % 2**31}
+    numbers = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed_of(row) % 2**31}
     body = {"model": model, "messages": [_open(m) for m in messages], "max_tokens": sampling.max_new_tokens, **numbers}
     return json.dumps(body).encode()
 

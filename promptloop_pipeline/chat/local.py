@@ -218,7 +218,7 @@ class _Draw(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
         self.sampling = sampling
-        self.generators = [torch.Generator().manual_seed((sampling.seed * 1_000_033 + row) % 2**63) for row in rows]
+        self.generators = [torch.Generator().manual_seed(sampling.seed_of(row) % 2**63) for row in rows]
         self.logprobs: list[list[float]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ rewriter (PromptRL) are this one class with different templates; local weights o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat import NEED_SIGHT, ChatModel, Completion, Sampling
+from ..chat import NEED_SIGHT, OPTIONS, ChatModel, Completion, Conversation, Sampling
 from ..refiner import Refinement, View
 from .parsing import parse_answer
 from .template import Template, load_template
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 448 * 448
-_SAMPLING = frozenset(f.name for f in fields(Sampling))
+_SAMPLING = frozenset(OPTIONS)
 
 
 class MLLMRefiner:
@@ -82,11 +82,14 @@ class MLLMRefiner:
     def on_token(self, function: Callable[[], None] | None) -> None:
         self.chat.on_token = function  # type: ignore[attr-defined]
 
-    def refine(self, views: Sequence[View]) -> list[Refinement]:
-        asked = [self.template.conversation(v, self._sized(v.image), self._sized(v.source)) for v in views]
+    def refine(self, views: Sequence[View], seeds: Sequence[int] | None = None) -> list[Refinement]:
+        """seeds: of the noise of each answer, one for each view, where it is not to depend on the rest of the batch."""
+        asked = [self.conversation(v) for v in views]
         conversations = [c for c in asked if c is not None]
         step = views[0].step if views else 0
         sampling = replace(self.sampling, seed=self.sampling.seed * 1009 + step)  # turns of a run draw noise of their own
+        if seeds is not None:
+            sampling = replace(sampling, seeds=tuple(s for s, c in zip(seeds, asked, strict=True) if c is not None))
         said = self.chat.generate(conversations, sampling) if conversations else []
         if len(said) != len(conversations):
             raise ValueError(f"{self.chat!r} gave {len(said)} completions for {len(conversations)} conversations")
@@ -94,6 +97,10 @@ class MLLMRefiner:
         missing = "a picture to start from" if "{source}" in str(self.template.sections) else "a preview"
         unasked = Refinement(notes=(f"not asked: the template {self.template.name!r} needs {missing}, and there is none",))
         return [unasked if c is None else self._read(next(answers)) for c in asked]
+
+    def conversation(self, view: View) -> Conversation | None:
+        """What the model is asked about a view; None when there is nothing to ask."""
+        return self.template.conversation(view, self._sized(view.image), self._sized(view.source))
 
     def _read(self, said: Completion) -> Refinement:
         found: dict[str, Any] = {

@@ -18,11 +18,11 @@ image-to-image run starts from; a section that names it is only for runs that ha
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat import Conversation, Sampling
+from ..chat import OPTIONS, Conversation, Sampling
 from ..refiner import View
 
 if TYPE_CHECKING:
@@ -110,20 +110,19 @@ def parse_template(text: str, name: str, where: str) -> Template:
     lines = [line for line in head.splitlines() if line.strip()]
     if not lines or not lines[0].startswith("Source:"):
         raise ValueError(f'{where}: the first line must say where the template comes from, as "Source: ..."')
-    kinds: dict[str, type] = {f.name: type(getattr(Sampling(), f.name)) for f in fields(Sampling)}
     tags = True
     sampling: dict[str, Any] = {}
     for line in lines[1:]:
         key, _, value = (part.strip() for part in line.partition(":"))
         if key == "answer" and value in ("tags", "text"):
             tags = value == "tags"
-        elif key in kinds:
+        elif key in OPTIONS:
             try:
-                sampling[key] = kinds[key](value)
+                sampling[key] = OPTIONS[key](value)
             except ValueError:
                 raise ValueError(f"{where}: {key} is {value!r}, not a number") from None
         else:
-            allowed = f'"answer: tags", "answer: text", or one of {", ".join(kinds)} with a number'
+            allowed = f'"answer: tags", "answer: text", or one of {", ".join(OPTIONS)} with a number'
             raise ValueError(f"{where}: cannot read {line!r} before the first section; use {allowed}")
     titles = [title.strip().lower() for title in rest[::2]]
     if twice := [title for title in titles if titles.count(title) > 1]:
