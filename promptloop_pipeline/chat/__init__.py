@@ -45,7 +45,9 @@ class Sampling:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {allowed}")
 
 
-OPTIONS: dict[str, Any] = {f.name: type(f.default) for f in fields(Sampling) if f.name != "seeds"}  # what users and templates may set
+OPTIONS: dict[str, Any] = {
+    f.name: type(f.default) for f in fields(Sampling) if f.name != "seeds"
+}  # what users and templates may set
 
 
 @dataclass(frozen=True)

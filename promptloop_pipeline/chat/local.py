@@ -87,7 +87,7 @@ class TransformersChat:
         try:
             model = auto.from_pretrained(name, dtype=dtype, **options)
         except OSError as e:
-            raise OSError(f"cannot load the weights of the refiner {name!r}: {_first_line(e)}") from e
+            raise OSError(f"cannot load the weights of the model {name!r}: {_first_line(e)}") from e
         if adapter is not None:
             model = _with_adapter(model, _known(adapter), {k: v for k, v in where.items() if k != "trust_remote_code"})
         if "device_map" not in options:
@@ -304,10 +304,10 @@ def _processor(name: str, where: dict[str, Any]) -> tuple[bool, Any]:
         return sees, (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, **where)
     except OSError as e:
         raise OSError(
-            f"cannot load the refiner {name!r}: no such model in a folder or on the hub, or no way to reach it ({_first_line(e)})"
+            f"cannot load the model {name!r}: no such model in a folder or on the hub, or no way to reach it ({_first_line(e)})"
         ) from e
     except ValueError as e:  # no config.json, or one of a model that this transformers does not know
-        raise ValueError(f"cannot load the refiner {name!r}: {_first_line(e)}") from e
+        raise ValueError(f"cannot load the model {name!r}: {_first_line(e)}") from e
     except (ImportError, AttributeError) as e:  # a processor with a video part, without torchvision: AttributeError
         raise ImportError(
             f'the processor of {name!r} needs packages that are not there: pip install "promptloop[vlm]", with a torchvision that '

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from . import demo, doctor, evaluate, generate, rewrite, score
+from . import artifact, demo, doctor, evaluate, generate, rewrite, score
 
 app = typer.Typer(
     name="promptloop", help="Step-wise prompt refinement for diffusion models.", no_args_is_help=True, add_completion=False,
@@ -17,6 +17,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("rewrite")(rewrite.rewrite)
 app.command("score")(score.score)
+app.command("artifact")(artifact.artifact)
 app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 

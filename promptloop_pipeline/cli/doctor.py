@@ -23,7 +23,9 @@ FEATURES = {  # distribution -> (module, what it is for, how to get it)
     "num2words": ("num2words", "SmolVLM refiners", 'pip install "promptloop[vlm]"'),
     "peft": ("peft", "refiners with an adapter", 'pip install "promptloop[adapters]"'),
     "bitsandbytes": ("bitsandbytes", "refiners in 4 or 8 bits", "pip install bitsandbytes"),
-    "scipy": ("scipy", "evaluation, LMS scheduler", 'pip install "promptloop[eval]"'),
+    "rapidocr": ("rapidocr", "the reward ocr", 'pip install "promptloop[ocr]"'),
+    "trl": ("trl", "training", 'pip install "promptloop[train]"'),
+    "scipy": ("scipy", "LMS scheduler, the reward geneval", 'pip install "promptloop[eval]"'),
     "trackio": ("trackio", "experiment tracking", 'pip install "promptloop[track]"'),
 }
 

@@ -13,7 +13,7 @@ from ..dotted import load_object
 from ..rewards.combine import NAMED, RewardSpec, check_name, load_reward
 
 DTYPES = ("float32", "float16", "bfloat16")
-PARTS = ("tokenizer", "clip", "server_model", "version", "checks")
+PARTS = ("tokenizer", "clip", "server_model", "template", "version")
 
 ALLOWED = (
     '"tiny" (embedded), "oracle" (reads its verifier), "none", a folder or hub id, the URL of a server, or "module:object"'

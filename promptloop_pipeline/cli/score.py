@@ -39,7 +39,9 @@ def score(
         list[str] | None, typer.Option(help="The prompts that the pictures were made with, once or one for each; for length.")
     ] = None,
     device: Annotated[str | None, typer.Option(help='"cuda", "cpu", ...; default: the best there is.')] = None,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}. Default: float32; of judges: as their weights are saved.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures at a time through a model.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the scores as CSV.")] = False,
@@ -96,13 +98,13 @@ def _for_each(option: str, given: list[str], n: int) -> list[str]:
     return given if len(given) == n else given * n
 
 
-def _check(specs: list[RewardSpec], refined: bool, dtype: str, batch: int, two_forms: bool) -> None:
+def _check(specs: list[RewardSpec], refined: bool, dtype: str | None, batch: int, two_forms: bool) -> None:
     names = [s.name for s in specs]
     if "format" in names:
         raise ValueError("the reward format judges a refiner's answer, and pictures on disk have none; leave it out")
     if "length" in names and not refined:
         raise ValueError("the reward length needs --refined, the prompt that the pictures were made with")
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
     if batch < 1:
         raise ValueError(f"--batch {batch}: give a number from 1 up")

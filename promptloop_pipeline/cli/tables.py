@@ -27,7 +27,8 @@ def report(
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
     """(all figures, the page that was written)"""
     from ..evaluation.evaluate import LOOKS, measures, metrics_of, with_pictures
-    from ..evaluation.figures import arm_row, by_tag, gains
+    from ..evaluation.figures import REFERENCE, arm_row, by_tag, gains
+    from ..evaluation.plots import Plot, grouped_plot, interval_plot, measure_plots
     from ..evaluation.report import Arm, write_report
 
     metrics, per_prompt = metrics_of(specs), manifest["settings"]["per_prompt"]
@@ -48,12 +49,34 @@ def report(
         "scores": {name: {m: [t.scores[m] for t in arm] for m in metrics} for name, arm in found.items()},
     }  # fmt: skip
     n = len(samples)
-    shown = f" Shown are the first {SHOWN} of {n} requests; the table is of all." if n > SHOWN else ""
-    looks_table = _looks(rows)
+    what = "requests" if per_prompt == 1 else "pictures"
+    shown = f" Shown are the first {SHOWN} of {n} {what}; the figures are of all." if n > SHOWN else ""
+    plots = [
+        Plot(
+            m, interval_plot({r["arm"]: r[m] for r in rows}, title=f"{m} by arm", x_label=f"{m}, 95% interval", reference=REFERENCE),
+            f"The dashed line is {REFERENCE}." if REFERENCE in found else "",
+        )
+        for m in metrics
+    ]  # fmt: skip
+    main = metrics[0]
+    if gained := {r["arm"]: r["loop_minus_arm"][main] for r in rows if r.get("loop_minus_arm", {}).get(main)}:
+        svg = interval_plot(gained, title=f"{REFERENCE} minus arm", x_label=f"difference of {main}, in pairs", reference=0)
+        plots.append(
+            Plot(f"{REFERENCE} minus arm, {main}", svg, f"Right of 0: {REFERENCE} is better on the same requests and seeds.")
+        )
+    if tags:
+        by = {tag: {arm: of[tag] for arm, of in tags.items()} for tag in next(iter(tags.values()))}
+        plots.append(Plot(f"{main} by tag", grouped_plot(by, title=f"{main} by tag", x_label=main, reference=REFERENCE)))
+    plots += measure_plots({r["arm"]: r["measures"] for r in rows})
+    tables = [
+        ("Turns with a picture, judged by the preview that was decoded", _looks(rows)),
+        ("What else changed, and what it cost", _measures(rows)),
+        (f"{main} by tag", _tags(tags)),
+    ]
     page = write_report(
         [Arm(row["arm"], row["note"], with_pictures(found[row["arm"]][:SHOWN], folder)) for row in rows],
         folder / "index.html", title=f"PromptLoop on {benchmark.name}", intro=benchmark.intro + shown, pixelated=benchmark.pixelated,
-        table=[row | next((x for x in looks_table if x["arm"] == row["arm"]), {}) for row in _summary(rows, metrics)],
+        table=_summary(rows, metrics), tables=[(title, table) for title, table in tables if table], plots=plots,
     )  # fmt: skip
     return results, page
 
@@ -129,7 +152,7 @@ def _measures(rows: Sequence[Row]) -> list[dict[str, str]]:
             "arm": row["arm"],
             "request's words kept": _interval(of["drift"]["recall"]).split(" ")[0],
             "similarity": _interval(of["drift"]["embedding"]).split(" ")[0],
-            "words": " > ".join(f"{turn['mean']:.0f}" for turn in _ends(of["length"]["words"])),
+            "words": " to ".join(f"{turn['mean']:.0f}" for turn in _ends(of["length"]["words"])),
             "diversity": _interval(of["diversity"]["pictures"]).split(" ")[0],
             "prompts alike": _interval(of["diversity"]["prompts"]).split(" ")[0],
         }

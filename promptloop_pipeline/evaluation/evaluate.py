@@ -68,8 +68,8 @@ def evaluate(
     """Every sample of every arm, with its scores and without its pictures, in order.
 
     model, refiner, rewards: how to load them; only what is needed is loaded, the generator is gone before the first reward comes, and
-    each reward before the next. begin: called before anything is written, when that is loaded. progress: (what, how many there are, how many are done) -> what to call with each further number.
-    options: of the pipeline's call.
+    each reward before the next. begin: called before anything is written, when what renders is loaded. progress: (what, how many there
+    are, how many are done) -> what to call with each further number. options: of the pipeline's call.
     """
     arms = with_rivals(chosen, benchmark.arms)
     done = {a.name: take_up(folder / a.name, samples.requests, a.seeds(samples.seed, len(samples))) for a in arms}

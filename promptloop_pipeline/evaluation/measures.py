@@ -53,13 +53,14 @@ def figure(values: Sequence[float | None], groups: Sequence[Hashable] | None = N
 def over_turns(
     trajectories: Sequence[Trajectory], value: Callable[[Trajectory, str], float | None]
 ) -> list[dict[str, float | int | None]]:
-    """`value(trajectory, prompt)` of the prompt in use after each turn, averaged: {"turn", "mean", "low", "high", "n"} by number of
-    the turn. Turn 0 is the request itself, n the trajectories that have so many turns."""
+    """`value(trajectory, prompt)` of the prompt in use after each turn, averaged: {"turn", "reached", "mean", "low", "high", "n"} by
+    number of the turn; turn 0 is the request itself. A trajectory with fewer turns keeps its last prompt, so that all means are of
+    the same trajectories; "reached": how many have that turn."""
     found = []
+    groups = [t.request for t in trajectories]
     for k in range(max((len(t.turns) for t in trajectories), default=0) + 1):
-        there = [t for t in trajectories if len(t.turns) >= k]
-        values = [value(t, t.turns[k - 1].after if k else t.request) for t in there]
-        found.append({"turn": k, **figure(values, [t.request for t in there])})
+        values = [value(t, t.turns[min(k, len(t.turns)) - 1].after if k and t.turns else t.request) for t in trajectories]
+        found.append({"turn": k, "reached": sum(len(t.turns) >= k for t in trajectories), **figure(values, groups)})
     return found
 
 
@@ -73,8 +74,8 @@ class TextEncoder:
     there is something beyond.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, device: Any = None, batch_size: int = 32) -> None:
-        self.model, self.tokenizer, self.device, self.batch_size = model, tokenizer, device, batch_size
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 32) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         config = getattr(model.config, "text_config", model.config)
         self.window: int = min(config.max_position_embeddings, tokenizer.model_max_length)
 
@@ -103,13 +104,14 @@ class TextEncoder:
     def _run(self, texts: Sequence[str]) -> Any:
         import torch
 
+        hooks = [m._hf_hook for m in self.model.modules() if hasattr(m, "_hf_hook")]  # of an offloaded model
+        where = next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), self.model.device)
         for k in range(0, len(texts), self.batch_size):
             part = list(texts[k : k + self.batch_size])
             read = self.tokenizer(part, padding=True, truncation=True, max_length=self.window, return_tensors="pt")
-            with (
-                torch.no_grad()
-            ):  # no mask, as the pipelines do it: the encoder looks to the left only, padding is on the right
-                yield self.model(read.input_ids.to(self.device or self.model.device)), read.attention_mask.sum(1).tolist()
+            with torch.no_grad():
+                out = self.model(read.input_ids.to(where))  # no mask: it looks to the left only, and padding is on the right
+            yield out, read.attention_mask.sum(1).tolist()
 
 
 def text_encoder_of(pipe: Any, batch_size: int = 32) -> TextEncoder | None:
@@ -127,8 +129,7 @@ def text_encoder_of(pipe: Any, batch_size: int = 32) -> TextEncoder | None:
     if not found:
         return None
     *_, model, tokenizer = min(found, key=lambda row: row[:2])
-    offloaded = model.device.type == "meta" or hasattr(model, "_hf_hook")  # a hook brings it where the pipeline computes
-    return TextEncoder(model, tokenizer, pipe._execution_device if offloaded else None, batch_size)
+    return TextEncoder(model, tokenizer, batch_size)
 
 
 def embedding_similarity(requests: Sequence[str], prompts: Sequence[str], encode: Encode) -> list[float | None]:
@@ -179,7 +180,7 @@ def image_diversity(images: Sequence[Any], encode: Encode | None = None) -> floa
         rows = [1 - x[k + 1 :] @ x[k] for k in range(len(x) - 1)]
     else:
         small = (p.resize((SIDE, SIDE), Resampling.BOX) for p in pictures)
-        x = np.stack([np.asarray(p, np.float32).ravel() / 255 for p in small])
+        x = np.stack([np.asarray(p, np.float64).ravel() / 255 for p in small])
         rows = [np.sqrt(np.square(x[k + 1 :] - x[k]).mean(1)) for k in range(len(x) - 1)]
     return _number(np.concatenate(rows).mean())
 

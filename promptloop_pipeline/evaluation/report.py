@@ -7,16 +7,19 @@ archived. Prompts and model output are untrusted: all text is escaped, and the p
 from __future__ import annotations
 
 import base64
-import difflib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .diff import word_diff
+from .plots import Plot
+from .style import POLICY, STYLE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from ..trajectory import Trajectory, Turn
 
 PICTURE, THUMBNAIL = 512, 256  # pixels of the longer side, at most
+Rows = Sequence[Mapping[str, str]]
+
+_NUMBER = re.compile(r"[-+±\u2212]?[.\d]|[-\u2013\u2014]?$")
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,14 @@ class Arm:
 
 def write_report(
     arms: Sequence[Arm], path: str | Path, *,
-    title: str, intro: str = "", table: Sequence[dict[str, str]] = (), pixelated: bool = False,
+    title: str, intro: str = "", table: Rows = (), tables: Sequence[tuple[str, Rows]] = (), plots: Sequence[Plot] = (),
+    pixelated: bool = False,
 ) -> Path:  # fmt: skip
     """Writes the page and returns its file.
 
     path: the .html file, or a folder that gets an index.html; made where missing, replaced as a whole where present.
     table: rows of the summary; the keys of the first row are the header (columns that only later rows have come last).
+    tables: further ones, each (title, rows), below the summary; one without rows is left out. plots: figures below the tables.
     pixelated: enlarge small pictures with hard edges; otherwise they are shown no larger than they are.
     A score is shown as passed or failed when it is a bool or its name contains "strict".
 
@@ -51,11 +59,11 @@ def write_report(
     _check(arms)
     file = Path(path)
     file = file if file.suffix.lower() in (".html", ".htm") else file / "index.html"
-    page = "\n".join(_page(arms, title, intro, table, pixelated)).encode("utf-8", "replace")  # a model may emit lone surrogates
+    page = "\n".join(_page(arms, title, intro, [("Summary", table), *tables], plots, pixelated))
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(page)
+        unfinished.write_bytes(page.encode("utf-8", "replace"))  # a model may emit lone surrogates
         unfinished.replace(file)
     except OSError as e:
         raise OSError(f"cannot write the report to {file}: {e.strerror or e}; choose a place that you may write to") from e
@@ -78,35 +86,45 @@ def _check(arms: Sequence[Arm]) -> None:
                 raise ValueError(f"the arms differ at trajectory {i}: {both}; all need the same requests, in order")
 
 
-def _page(arms: Sequence[Arm], title: str, intro: str, table: Sequence[dict[str, str]], pixelated: bool) -> Iterator[str]:
+def _page(
+    arms: Sequence[Arm], title: str, intro: str, tables: Sequence[tuple[str, Rows]], plots: Sequence[Plot], pixelated: bool
+) -> Iterator[str]:
     yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
-    yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+    yield f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<style>{_STYLE}</style>\n</head>'
+    yield f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>'
     yield f'<body{" class=pixelated" if pixelated else ""}>\n<header>\n<h1 dir="auto">{escape(title)}</h1>'
     yield (f'<p class="intro" dir="auto">{escape(intro)}</p>\n' if intro else "") + "</header>\n<main>"
-    if table:
-        yield from _table(table)
-    if any(a.note for a in arms):
-        notes = (f'<div><dt dir="auto">{escape(a.name)}</dt><dd dir="auto">{escape(a.note)}</dd></div>' for a in arms)
-        yield f'<section aria-label="What is compared">\n<dl class="arms">{"".join(notes)}</dl>\n</section>'
+    for k, (name, rows) in enumerate(tables):
+        if rows:
+            yield from _table(name, rows, f"table-{k}")
+        if k == 0 and any(a.note for a in arms):
+            notes = (f'<div><dt dir="auto">{escape(a.name)}</dt><dd dir="auto">{escape(a.note)}</dd></div>' for a in arms)
+            yield f'<section aria-label="What is compared">\n<dl class="arms">{"".join(notes)}</dl>\n</section>'
+    if plots:
+        yield f'<section aria-label="Figures" class="plots">{"".join(map(_plot, plots))}</section>'
     for i in range(len(arms[0].trajectories)):
         yield from _prompt(arms, i)
     yield "</main>\n</body>\n</html>\n"
 
 
-def _table(rows: Sequence[dict[str, str]]) -> Iterator[str]:
+def _table(title: str, rows: Rows, name: str) -> Iterator[str]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     numeric = [c for c in columns[1:] if all(_NUMBER.match(row.get(c, "")) for row in rows)]
     css = {c: ' class="number"' if c in numeric else "" for c in columns}
     head = (f'<th scope="col"{css[c]}>{escape(c)}</th>' for c in columns)
-    yield '<section aria-labelledby="summary">\n<h2 id="summary">Summary</h2>'
-    yield '<div class="scroll" role="region" aria-labelledby="summary" tabindex="0">'
+    yield f'<section aria-labelledby="{name}">\n<h2 id="{name}" dir="auto">{escape(title)}</h2>'
+    yield f'<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0">'
     yield f"<table>\n<thead><tr>{''.join(head)}</tr></thead>\n<tbody>"
     for row in rows:
         cells = (f'<td dir="auto"{css[c]}>{escape(row.get(c, ""))}</td>' for c in columns[1:])
         yield f'<tr><th scope="row" dir="auto">{escape(row.get(columns[0], ""))}</th>{"".join(cells)}</tr>'
     yield "</tbody>\n</table>\n</div>\n</section>"
+
+
+def _plot(plot: Plot) -> str:
+    caption = f'<p class="small" dir="auto">{escape(plot.caption)}</p>' if plot.caption else ""
+    return f'\n<figure><figcaption><h2 dir="auto">{escape(plot.title)}</h2>{caption}</figcaption>{plot.svg}</figure>'
 
 
 def _prompt(arms: Sequence[Arm], i: int) -> Iterator[str]:
@@ -173,84 +191,3 @@ def _picture(image: Image | None, longest: int, alt: str, missing: str) -> str:
         small.save(data := io.BytesIO(), kind := "PNG")
     source = f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
     return f'<img src="{source}" alt="{escape(alt)}" width="{small.width}" height="{small.height}">'
-
-
-def word_diff(before: str, after: str) -> str:
-    """HTML of `after` with what is gone from `before` in <del> and what is new in <ins>.
-
-    Without <ins> the text is `before`, without <del> it is `after`, to the character.
-    """
-    if before == after:
-        return escape(after)
-    old, new = _words(before), _words(after)
-    blocks = difflib.SequenceMatcher(None, [w for _, w in old], [w for _, w in new], autojunk=False).get_opcodes()
-    sizes = [0 if tag == "equal" else max(b - a, d - c) for tag, a, b, c, d in blocks]
-    page = gone = added = ""
-    for k, (tag, a, b, c, d) in enumerate(blocks):
-        # Few common words amid many others are chance: "left" in two unlike sentences. The diff reads better without.
-        if tag != "equal" or (0 < k < len(blocks) - 1 and 2 * (b - a) <= min(sizes[k - 1], sizes[k + 1])):
-            gone += "".join(space + word for space, word in old[a:b])
-            added += "".join(space + word for space, word in new[c:d])
-            continue
-        for (space, word), (new_space, _) in zip(old[a:b], new[c:d], strict=True):
-            if space != new_space:
-                gone, added, space = gone + space, added + new_space, ""
-            if word or space:
-                page += _change(gone, added) + escape(space + word)
-                gone = added = ""
-    return page + _change(gone, added)
-
-
-def _words(text: str) -> list[tuple[str, str]]:
-    """(space before, word), where punctuation and CJK characters are words of their own; at last the space at the end."""
-    end = len(text.rstrip())
-    return [*_WORD.findall(text[:end]), (text[end:], "")]
-
-
-def _change(gone: str, added: str) -> str:
-    return (f"<del>{escape(gone)}</del>" if gone else "") + (f"<ins>{escape(added)}</ins>" if added else "")
-
-
-_NUMBER = re.compile(r"[-+±\u2212]?[.\d]|[-\u2013\u2014]?$")
-_WORD = re.compile(r"(\s*)([,.;:!?()\"\u3001-\u9fff\uff01-\uff1f]|[^\s,.;:!?()\"\u3001-\u9fff\uff01-\uff1f]+)")
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_STYLE = """
-:root { color-scheme: light dark; --page: #f7f8f9; --card: #fff; --text: #1c2126; --quiet: #59636e; --line: #dde1e5;
-  --gone: #a11a1a; --gone-bg: #fdebea; --new: #11602b; --new-bg: #e0f4e5; }
-@media (prefers-color-scheme: dark) { :root { --page: #121518; --card: #1a1e22; --text: #e4e7ea; --quiet: #9da7b1;
-  --line: #30363d; --gone: #ff9d96; --gone-bg: #3d1e1e; --new: #86dd9d; --new-bg: #173622; } }
-* { box-sizing: border-box; margin: 0; }
-body { background: var(--page); color: var(--text); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; overflow-wrap: anywhere; }
-h1 { font-size: 30px; line-height: 1.2; } h3, h4 { font-size: 16px; font-weight: 600; }
-h2, thead th { font-size: 14px; font-weight: 600; color: var(--quiet); } section { margin-top: 32px; }
-.intro, .small { color: var(--quiet); } .intro { margin-top: 8px; max-width: 75ch; } .small { font-size: 14px; }
-table { border-collapse: collapse; width: 100%; font-size: 15px; overflow-wrap: normal; }
-th, td { text-align: start; padding: 8px 0 8px 16px; border-bottom: 1px solid var(--line); }
-th:first-child { padding-left: 0; } td.number, .scores dd { white-space: nowrap; }
-.number { text-align: end; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; margin-top: 8px; }
-.arms { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 12px 24px; }
-.arms, .scores { font-size: 14px; } .arms dt { font-weight: 600; } .arms dd, .scores dt, .turns dt { color: var(--quiet); }
-.prompt { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 20px 24px; }
-.request { font-size: 20px; line-height: 1.35; margin: 2px 0 16px; } .request, .turns dd, .error p { white-space: pre-wrap; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: 20px; }
-figure { max-width: 512px; min-width: 0; } figcaption { margin-top: 8px; }
-img { display: block; max-width: 100%; height: auto; border-radius: 6px; box-shadow: 0 0 0 1px var(--line); }
-.pixelated img { width: 100%; image-rendering: pixelated; }
-.missing { display: grid; place-items: center; aspect-ratio: 1; border: 1px dashed var(--quiet); border-radius: 6px;
-  max-width: 256px; color: var(--quiet); font-size: 14px; }
-.scores div { display: flex; justify-content: space-between; gap: 8px; font-variant-numeric: tabular-nums; }
-details { border-top: 1px solid var(--line); margin-top: 16px; padding-top: 12px; } .turns { list-style: none; padding: 0; }
-summary { cursor: pointer; } summary h3 { display: inline; margin-inline-end: 8px; }
-.turns li { display: grid; grid-template-columns: 128px minmax(0, 1fr); gap: 20px; margin-top: 20px; }
-.turns dl { display: grid; grid-template-columns: 56px minmax(0, 1fr); gap: 6px 12px; margin-top: 6px; }
-h4 span { margin-inline-start: 6px; font-weight: 400; }
-.tag { border: 1px solid var(--line); border-radius: 4px; padding: 0 6px; font-size: 13px; }
-.error { margin: 6px 0 8px; padding: 6px 12px; border-left: 3px solid var(--gone); background: var(--gone-bg); }
-.error, .turns dl { font-size: 15px; } .error strong, .failed, del { color: var(--gone); } .passed, ins { color: var(--new); }
-del, ins { border-radius: 3px; padding: 0 2px; } del { background: var(--gone-bg); text-decoration: line-through; }
-ins { background: var(--new-bg); text-decoration: underline; text-underline-offset: 3px; }
-@media (max-width: 560px) { body { padding: 24px 12px 40px; } h1 { font-size: 24px; } .prompt { padding: 16px 14px; }
-  .pictures { gap: 14px; } .turns li, .turns dl { grid-template-columns: minmax(0, 1fr); gap: 8px; } .turns dl { gap: 2px; }
-  .thumbnail { width: 128px; } table { font-size: 14px; } th, td { padding-left: 8px; } .turns dd { margin-bottom: 6px; } }
-"""

@@ -14,7 +14,9 @@ _HOME = {
     "load_reward": "combine", "parse_rewards": "combine", "score_all": "combine", "weighted_sum": "combine",
     "z_normalised": "combine", "tagged": "combine", "win_rates": "combine", "gain": "combine", "filled": "combine", "capped": "combine",
     "RewardSpec": "combine", "load_image": "images", "as_rgb": "images", "ImageReward": "image_reward",
-    "Similarity": "clip", "Aesthetic": "clip", "Length": "simple", "Format": "simple",
+    "Similarity": "clip", "Aesthetic": "clip", "Length": "simple", "Format": "simple", "Ocr": "ocr", "GenEval": "geneval",
+    "Artifact": "artifact", "vlm_judge": "judge", "unified_reward": "judge", "edit_reward": "judge", "KeyPoints": "key_points",
+    "Pairwise": "key_points",
 }  # fmt: skip
 
 __all__ = [*_HOME]  # noqa: PLE0604
@@ -27,6 +29,7 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from .artifact import Artifact
     from .clip import Aesthetic, Similarity
     from .combine import (
         RewardSpec,
@@ -41,6 +44,10 @@ if TYPE_CHECKING:
         win_rates,
         z_normalised,
     )
+    from .geneval import GenEval
     from .image_reward import ImageReward
     from .images import as_rgb, load_image
+    from .judge import edit_reward, unified_reward, vlm_judge
+    from .key_points import KeyPoints, Pairwise
+    from .ocr import Ocr
     from .simple import Format, Length

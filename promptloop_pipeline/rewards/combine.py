@@ -33,6 +33,7 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "geneval-strict": ("promptloop_pipeline.rewards.geneval:GenEval.from_pretrained", {"strict": True}),
     "vlm-judge": ("promptloop_pipeline.rewards.judge:vlm_judge", {}),
     "key-points": ("promptloop_pipeline.rewards.judge:key_points", {}),
+    "win-rate": ("promptloop_pipeline.rewards.key_points:Pairwise", {}),
     "unified-reward": ("promptloop_pipeline.rewards.judge:unified_reward", {}),
     "edit-reward": ("promptloop_pipeline.rewards.judge:edit_reward", {}),
     "artifact": ("promptloop_pipeline.rewards.artifact:Artifact.from_pretrained", {}),

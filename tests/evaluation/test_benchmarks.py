@@ -18,6 +18,7 @@ from promptloop_pipeline.evaluation.statistics import by_prompt
 from promptloop_pipeline.reward import Judgement
 from promptloop_pipeline.trajectory import Trajectory, load
 
+from ..chat.server import Server
 from .test_eval import call
 
 MINE = """
@@ -258,3 +259,72 @@ def test_pictures_to_start_from(run, folder):
     assert "source" in (folder / "log.txt").read_text().split()
     (folder / "model" / "unet" / "config.json").write_text("{}")
     assert "the files differ: model files is" in run(*options, "--reward", "mine:redness")[2]
+
+
+# --- the rewards of the benchmarks ---------------------------------------------------------------------------------------
+
+
+def test_geneval_by_a_tiny_detector(run, folder):
+    import torch
+
+    from ..rewards.models import clip_model
+    from ..rewards.test_geneval import rt_detr
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rt_detr(folder / "detector")
+    clip_model(folder / "clip")
+    weights = [f"geneval-strict={folder / 'detector'}", f"geneval-strict:clip={folder / 'clip'}"]
+    options = ("--benchmark", "geneval", "--model", "tiny", "--arms", "raw", "--n", "6", "--per-prompt", "2", "--steps", "2",
+               "--report", "out")  # fmt: skip
+    code, out, err = run(*options, *(x for w in weights for x in ("--reward-model", w)))
+    assert code == 0, err
+    found = results(folder)
+    assert len(found["seeds"]) == 12 and len(found["tags"]["raw"]) >= 4 and "mean of tags" in out
+    assert set(found["scores"]["raw"]["geneval-strict"]) <= {0.0, 1.0}
+    details = read_scores(folder / "out" / "raw")["geneval-strict"]
+    assert all(j.details["clauses"] for j in details.values())
+    assert "is none there and" not in out
+    clip_model(folder / "other")  # another tower is another judge
+    weights[1] = f"geneval-strict:clip={folder / 'other'}"
+    code, _, err = run(*options, *(x for w in weights for x in ("--reward-model", w)))
+    assert code == 2 and "of which the rewards differ: geneval-strict is" in err
+
+
+def test_ocr_reads_what_was_drawn(run, folder):
+    pytest.importorskip("rapidocr")
+    code, _, err = run("--benchmark", "ocr", "--model", "tiny", "--arms", "raw", "--n", "2", "--steps", "2", "--report", "out")
+    assert code == 0, err
+    assert results(folder)["scores"]["raw"]["ocr"] == [0.0, 0.0]  # the shapes world has no letters
+    details = read_scores(folder / "out" / "raw")["ocr"]
+    assert all(j.details["wanted"] for j in details.values())
+
+
+def test_a_judge_behind_a_server(run, folder):
+    def answer(body):
+        asked = json.dumps(body["messages"])
+        if "image_url" not in asked:
+            return "1. Is there a circle?\n2. Is it red?"
+        return "<score>7</score>" if "circle?" not in asked and "red?" not in asked else "<answer>yes</answer>"
+
+    with Server("well", answer=answer) as server:
+        judges = [x for name in ("vlm-judge", "key-points") for x in ("--reward-model", f"{name}={server.url}")]
+        code, _, err = run(*COMMON, "--reward", "vlm-judge, key-points:0", *judges)
+        assert code == 0, err
+        before = len(server.requests)
+        assert run(*COMMON, "--reward", "vlm-judge, key-points:0", *judges)[0] == 0
+        assert len(server.requests) == before  # what was said is on disk
+    scores = results(folder)["scores"]["raw"]
+    assert scores["vlm-judge"] == [7.0] * 4 and scores["key-points"] == [1.0] * 4
+    checks = read_scores(folder / "out" / "raw")["key-points"]["00000"].details["checks"]
+    assert [c["question"] for c in checks] == ["Is there a circle?", "Is it red?"]
+
+
+def test_a_judge_that_is_away_is_asked_again(run, folder):
+    with Server("500", answer="<score>7</score>") as server:
+        judge = ("--reward", "vlm-judge", "--reward-model", f"vlm-judge={server.url}")
+        code, out, _ = run(*COMMON, *judge)
+        assert code == 0 and results(folder)["scores"]["raw"]["vlm-judge"] == [None] * 4 and "vlm-judge 4" in out
+        server.behaviours = ["well"]
+        assert run(*COMMON, *judge)[0] == 0
+    assert results(folder)["scores"]["raw"]["vlm-judge"] == [7.0] * 4

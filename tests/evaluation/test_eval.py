@@ -152,7 +152,7 @@ def test_json_and_many_requests(done, run, tmp_path):
     row = json.loads(out)["arms"][0]
     assert row["n"] == 14 and "loop_minus_arm" not in row
     page = (tmp_path / "b" / "index.html").read_text()
-    assert page.count('class="prompt"') == 12 and "the first 12 of 14 requests" in page
+    assert page.count('class="prompt"') == 12 and "the first 12 of 14 requests; the figures are of all" in page
     assert not (tmp_path / "b" / "single").exists()
 
 

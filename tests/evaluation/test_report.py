@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from promptloop_pipeline.evaluation.report import Arm, word_diff, write_report
+from promptloop_pipeline.evaluation.diff import word_diff
+from promptloop_pipeline.evaluation.plots import Plot, grouped_plot, interval_plot, line_plot
+from promptloop_pipeline.evaluation.report import Arm, write_report
 from promptloop_pipeline.trajectory import Trajectory, Turn
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -182,6 +184,74 @@ def test_nothing_from_outside(tmp_path: Path) -> None:
     assert "default-src 'none'" in policy and "img-src data:" in policy and "script-src" not in policy
     tags = [tag for tag, _, _ in page.elements]
     assert tags.index("style") > tags.index("meta") and "prefers-color-scheme: dark" in source
+
+
+def plots(name: str = "raw") -> list[Plot]:
+    value = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+    return [
+        Plot(
+            "strict",
+            interval_plot({name: value, "loop": value}, title="strict by arm", reference=name),
+            f"A caption of {name}.",
+        ),
+        Plot(name, grouped_plot({name: {name: value}}, title=name, x_label=name)),
+        Plot("words", line_plot({name: [(0, value), (1, value)]}, title="words over turns", x_label="turn", y_label=name)),
+    ]
+
+
+def test_tables_and_plots(tmp_path: Path) -> None:
+    table, cost = [{"arm": "raw", "mean": "0.5"}], [{"arm": "raw", "s/look": "1.25", "failures": "refiner 2"}]
+    tables = [("By tag", table), ("empty", []), ("What it cost", cost)]
+    _, page = write(tmp_path, arm("raw", "a cat"), table=table, tables=tables, plots=plots())
+    assert page.texts("h2") == ["Summary", "By tag", "What it cost", "strict", "raw", "words", "Prompt 1 of 1"]
+    tags = [
+        (tag, attrs.get("class") or attrs.get("aria-label"))
+        for tag, attrs, _ in page.elements
+        if tag in ("table", "section", "svg")
+    ]
+    assert [t for t, _ in tags] == [
+        "section",
+        "table",
+        "section",
+        "section",
+        "table",
+        "section",
+        "table",
+        "section",
+        *["svg"] * 3,
+        "section",
+    ]
+    assert [name for t, name in tags if t == "svg"] == ["strict by arm", "raw", "words over turns"]
+    assert page.texts("figcaption")[0] == "strictA caption of raw." and page.texts("figcaption")[1] == "raw"
+    assert page.texts("td") == ["0.5", "0.5", "1.25", "refiner 2"]
+    ids = [attrs["id"] for _, attrs, _ in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids)) and {a["aria-labelledby"] for _, a, _ in page.elements if "aria-labelledby" in a} <= set(
+        ids
+    )
+
+
+def test_a_page_without_a_summary_can_have_tables(tmp_path: Path) -> None:
+    _, page = write(tmp_path, arm("raw", "a cat"), tables=[("By tag", [{"arm": "raw"}])])
+    assert page.texts("h2") == ["By tag", "Prompt 1 of 1"] and page.texts("dl", "arms") == ["rawnote of raw"]
+    assert not write(tmp_path, arm("raw", "a cat"))[1].attributes("svg")
+
+
+@pytest.mark.parametrize("evil", HOSTILE)
+def test_hostile_text_in_tables_and_plots(tmp_path: Path, evil: str) -> None:
+    _, page = write(tmp_path, arm("a", "x", turns=False), tables=[(evil, [{evil: evil, "x": evil}])], plots=plots(evil))
+    tags = {tag for tag, _, _ in page.elements}
+    assert not tags & {"script", "iframe", "object", "embed", "form", "a", "base", "b", "foreignobject", "image", "use"}
+    assert evil.encode("utf-8", "replace").decode("utf-8") in page.texts("h2")
+    for tag, attributes, _ in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on") and name not in ("style", "xlink:href"), (tag, name)
+            assert name not in ("src", "href") or (value or "").startswith("data:"), (tag, name, value)
+
+
+def test_a_page_with_plots_names_nothing_outside(tmp_path: Path) -> None:
+    source, _ = write(tmp_path, arm("a", "x"), plots=plots(), tables=[("t", [{"a": "1"}])])
+    rest = source.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert source != rest and not re.search(r"https?:|=\"//|javascript:|url\(|@import|<script|<use|href=\"[^d]", rest)
 
 
 def test_pictures(tmp_path: Path) -> None:
