@@ -108,16 +108,18 @@ def reward_options(given: Sequence[str], specs: Sequence[RewardSpec], option: st
     for text in given:
         whole, equals, source = text.partition("=")
         name, _, part = whole.partition(":") if whole not in found else (whole, "", "")
-        if not equals or not source.strip() or part not in ("", *PARTS):
+        if not equals or not source.strip():
             raise ValueError(
-                f"cannot read {option} {text!r}; write NAME=WEIGHTS, such as image-reward=ImageReward.pt, or NAME:PART=WEIGHTS with "
-                f"the part {', '.join(PARTS[:-1])} or {PARTS[-1]}"
+                f"cannot read {option} {text!r}; write NAME=WEIGHTS, such as image-reward=ImageReward.pt, or NAME:PART=WEIGHTS"
             )
         check_name(name)
         if name not in found:
             raise ValueError(f"{option} {text!r} is for a reward that is not asked for; there are {', '.join(found)}")
-        if (part or "model") not in takes(name):
-            raise ValueError(f"{option} {text!r}: the reward {name} has no {part or 'model'}")
+        parts = [p for p in PARTS if p in takes(name)]
+        if part and part not in parts:
+            raise ValueError(f"{option} {text!r}: the reward {name} has no part {part!r}; it has {', '.join(parts) or 'none'}")
+        if "model" not in takes(name) and not part:
+            raise ValueError(f"{option} {text!r}: the reward {name} has no model")
         found[name][part or "model"] = source
     return found
 

@@ -76,7 +76,8 @@ def score(
                 raw[name].append(said.score)
                 details[k] |= {name: said.details} if said.details else {}
     rows: list[dict[str, Any]] = [
-        {"image": str(path), "scores": {name: values[k] for name, values in raw.items()}, "total": total, "details": details[k]}
+        {"image": str(path), "scores": {name: values[k] for name, values in raw.items()}, "total": total}
+        | ({"details": details[k]} if details[k] else {})
         for k, (path, total) in enumerate(zip(images, weighted_sum(raw, specs), strict=True))
     ]
     if as_json:
@@ -87,7 +88,7 @@ def score(
     else:
         print_table([{"image": str(row["image"]), **{n: _shown(v) for n, v in _columns(row, specs).items()}} for row in rows])
         for row in rows:
-            for name, said in row["details"].items():
+            for name, said in row.get("details", {}).items():
                 if "error" in said:
                     print(f"{row['image']}: {name} gave no score: {said['error']}")
 

@@ -94,7 +94,7 @@ def test_a_server_that_is_not_there_costs_no_image(run, tmp_path, monkeypatch): 
         (("rewrite", "a cat"), "cannot read 'a cat' as a request of the shapes world"),
         (("rewrite", "a cat", "--rewriter", "clever"), "unknown refiner 'clever'; use"),
         (("rewrite", "a cat", "--rewriter", "./nowhere"), "there is no model at ./nowhere"),
-        (("rewrite", "a cat", "--rewriter", "nobody/nothing"), "cannot load the refiner 'nobody/nothing'"),
+        (("rewrite", "a cat", "--rewriter", "nobody/nothing"), "cannot load the model 'nobody/nothing'"),
         (("rewrite", "a cat", "--rewriter", "http://127.0.0.1:9", "--preset", "nice"), "there is no template 'nice'; use one"),
         (("rewrite", "a cat", "--rewriter", "http://127.0.0.1:9", "--preset", "repair"), "needs the preview of a running generation"),
         (("rewrite", RED, "--rewriter", "tiny", "--preset", "plain"), "the refiner 'tiny' has no use for template 'plain'"),

@@ -541,11 +541,11 @@ def test_models_that_are_not_there(tmp_path):
             MLLMRefiner.from_pretrained(name)
         one_line(found)
     with pytest.raises(
-        OSError, match="cannot load the refiner 'nobody-here/nothing': no such model in a folder or on the hub"
+        OSError, match="cannot load the model 'nobody-here/nothing': no such model in a folder or on the hub"
     ) as found:
         MLLMRefiner.from_pretrained("nobody-here/nothing")  # the tests are offline
     one_line(found)
-    with pytest.raises(ValueError, match=f"cannot load the refiner '{tmp_path}': Unrecognized model") as found:
+    with pytest.raises(ValueError, match=f"cannot load the model '{tmp_path}': Unrecognized model") as found:
         MLLMRefiner.from_pretrained(tmp_path)
     one_line(found)
 
@@ -554,7 +554,7 @@ def test_weights_that_are_not_there(saved, tmp_path):
     for file in saved("qwen2").iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(OSError, match=f"cannot load the weights of the refiner '{tmp_path}'") as found:
+    with pytest.raises(OSError, match=f"cannot load the weights of the model '{tmp_path}'") as found:
         MLLMRefiner.from_pretrained(tmp_path, "reprompt", device="cpu")
     one_line(found)
 

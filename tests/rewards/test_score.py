@@ -103,7 +103,7 @@ def test_many_pictures(world, monkeypatch):
 
 def test_bad_input_is_one_line_and_loads_no_model(world, tmp_path, monkeypatch):
     paths, prompts = world
-    monkeypatch.setattr(command, "load_reward", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(command, "load_named_reward", lambda *a, **k: pytest.fail("a model was loaded"))
     (tmp_path / "bad.png").write_text("no picture")
     ask = ("--prompt", prompts[0])
     for args, match in (
@@ -117,7 +117,7 @@ def test_bad_input_is_one_line_and_loads_no_model(world, tmp_path, monkeypatch):
         ([*paths, *ask, "--reward", "length"], "length needs --refined"),
         ([*paths, *ask, "--reward", "length", *["--refined", "a"] * 3], "--refined is given 3 times for 2 pictures"),
         ([*paths, *ask, "--model", "x"], "cannot read --model 'x'; write NAME=WEIGHTS"),
-        ([*paths, *ask, "--model", "image-reward:head=x"], "with the part tokenizer or clip"),
+        ([*paths, *ask, "--model", "image-reward:head=x"], "the reward image-reward has no part 'head'; it has tokenizer"),
         ([*paths, *ask, "--model", "x=y"], "unknown reward 'x'"),
         ([*paths, *ask, "--model", "hpsv2=y"], "for a reward that is not asked for; there are image-reward"),
         ([*paths, *ask, "--reward", "verifier", "--model", "verifier=y"], "the reward verifier has no model"),
