@@ -112,7 +112,7 @@ def test_generate_with_a_refiner_of_ones_own(run, tmp_path, monkeypatch):
         (("generate", RED, "--refiner", "none", "--template", "plain"), "the refiner 'none' has no use for template 'plain'"),
         (("generate", "a photograph of a cat"), "cannot read 'a photograph of a cat' as a request of the shapes world"),
         (("generate", RED, "--refiner", "clever"), "unknown refiner 'clever'; use \"tiny\" (embedded), \"oracle\""),
-        (("generate", RED, "--refiner", "no.such:thing"), "cannot load the model 'no.such:thing'"),
+        (("generate", RED, "--refiner", "no.such:thing"), "cannot load the refiner 'no.such:thing'"),
         (("generate", RED, "--model", "./nowhere", "--refiner", "none"), "no pipeline at ./nowhere"),
         (("generate", RED, "--model", "some/model"), "the embedded refiner reads only the shapes world"),
     ],
