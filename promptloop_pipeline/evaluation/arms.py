@@ -13,8 +13,9 @@ from typing import Any
 from ..refiner import Refinement, Refiner, View
 from ..refiners.scripted import NoOpRefiner
 from ..rewards.images import load_image
+from ..session import check_refiner
 from ..trajectory import FILE, Trajectory, iterate, save
-from .memory import peak_memory
+from .memory import Meter
 from .run import run_arm
 
 SECOND = 10**6  # how far the second seeds lie from the first
@@ -71,6 +72,39 @@ class UnseeingRefiner:
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         return self.refiner.refine([replace(v, image=None) for v in views])
+
+
+class _Metered:
+    """A refiner whose looks are laps of a meter: what memory each needed."""
+
+    def __init__(self, refiner: Refiner, meter: Meter) -> None:
+        self.refiner, self.meter = refiner, meter
+        self.peaks: list[dict[str, int]] = []  # of each look of the batch, by device
+
+    @property
+    def looks(self) -> bool:
+        return getattr(self.refiner, "looks", True)
+
+    @property
+    def on_token(self) -> Callable[[], None] | None:
+        return getattr(self.refiner, "on_token", None)
+
+    @on_token.setter
+    def on_token(self, function: Callable[[], None] | None) -> None:
+        self.refiner.on_token = function  # type: ignore[attr-defined]
+
+    def refine(self, views: Sequence[View]) -> list[Refinement]:
+        self.meter.lap()
+        try:
+            return self.refiner.refine(views)
+        finally:
+            self.peaks.append({device: of["peak"] for device, of in self.meter.lap().items()})
+
+
+def _metered(refiner: Refiner, meter: Meter) -> _Metered:
+    check_refiner(refiner)
+    named = type(type(refiner).__name__, (_Metered,), {})  # errors speak of the refiner, not of what it is wrapped in
+    return named(refiner, meter)
 
 
 # What any benchmark can have; arms that know a benchmark's answers are its own.
@@ -143,15 +177,16 @@ def render(
         if not todo:
             continue
         clock = time.perf_counter()
-        with peak_memory() as memory:
+        with Meter() as meter:
+            metered = _metered(the_refiner, meter)
             found = run_arm(
-                pipe, [requests[i] for i in todo], [seeds[i] for i in todo], the_refiner, arm.refine_at or refine_at, batch=batch,
+                pipe, [requests[i] for i in todo], [seeds[i] for i in todo], metered, arm.refine_at or refine_at, batch=batch,
                 sources=None if sources is None else [load_image(sources[i]) for i in todo], progress=progress, **options,
             )  # fmt: skip
         seconds = (time.perf_counter() - clock) / len(todo)
         for i, t in zip(todo, found, strict=True):
             t.id = f"{i:05d}"
-            t.meta |= {"arm": arm.name, "seconds": seconds, "memory": dict(memory)}
+            t.meta |= {"arm": arm.name, "seconds": seconds, "memory": meter.found, "memory_by_turn": metered.peaks}
         save(found, folder)
         done |= {i: without_pictures(t) for i, t in zip(todo, found, strict=True)}
 

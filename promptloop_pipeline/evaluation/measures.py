@@ -191,11 +191,12 @@ def image_diversity(images: Sequence[Any], encode: Encode | None = None) -> floa
 def cost(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """What an arm's looks cost.
 
-    "parts": for preview, refiner and encode {"per_look", "n", "per_image", "share"}: mean seconds of one look at a whole batch and the
-    number of such looks, seconds for each picture, and the share of the run's time (`meta["seconds"]`, None where a run lacks it; a
-    refiner that works beside the run takes a share that nobody waits for). Samples of a batch record the same look, to the last digit
-    of its seconds, which is how it is counted once. "tokens": of the refiner's answer, by turn, where it counts them. "failures":
-    turns that failed, by boundary.
+    "by_turn": of the first, second, ... look: mean seconds by part, and the most memory that the refiner needed in it, by
+    device, where `meta["memory_by_turn"]` tells. "parts": for preview, refiner and encode {"per_look", "n", "per_image",
+    "share"}: mean seconds of one look at a whole batch and the number of such looks, seconds for each picture, and the share of
+    the run's time (`meta["seconds"]`, None where a run lacks it; a refiner that works beside the run takes a share that nobody
+    waits for). Samples of a batch record the same look, to the last digit of its seconds, which is how it is counted once.
+    "tokens": of the refiner's answer, by turn, where it counts them. "failures": turns that failed, by boundary.
     """
     looks: dict[tuple[Any, ...], dict[str, float]] = {}
     turns = [turn for t in trajectories for turn in t.turns]
@@ -219,11 +220,26 @@ def cost(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     return {
         "seconds_per_image": whole / len(trajectories) if whole is not None else None,
         "parts": parts,
+        "by_turn": _by_turn(trajectories),
         "tokens": figure(*_by_request(trajectories, lambda turn: turn.tokens)),
         "turns": len(turns),
         "changed": sum(turn.changed for turn in turns),
         "failures": dict(sorted(failed.items())),
     }
+
+
+def _by_turn(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    found = []
+    for k in range(max((len(t.turns) for t in trajectories), default=0)):
+        seconds = [t.turns[k].seconds for t in trajectories if len(t.turns) > k]
+        parts = {name: [s[name] for s in seconds if name in s] for name in dict.fromkeys(name for s in seconds for name in s)}
+        peaks = [of[k] for t in trajectories if len(of := t.meta.get("memory_by_turn", ())) > k]
+        found.append({
+            "turn": k + 1,
+            "seconds": {name: math.fsum(values) / len(values) for name, values in parts.items()},
+            "memory": {name: max(p[name] for p in peaks if name in p) for name in dict.fromkeys(name for p in peaks for name in p)},
+        })  # fmt: skip
+    return found
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------------

@@ -121,6 +121,23 @@ def test_figures(done):
     assert rows["blind"]["changes_per_image"] == 3  # 40% to 75% of four steps are two of them
 
 
+def test_memory_of_each_look(done):
+    for t in load(done / "loop"):
+        assert len(t.meta["memory_by_turn"]) == len(t.turns) == 3
+        assert all(0 < peak["process"] <= t.meta["memory"]["process"]["peak"] for peak in t.meta["memory_by_turn"])
+    rows = {row["arm"]: row for row in json.loads((done / "results.json").read_text())["arms"]}
+    by_turn = rows["loop"]["measures"]["cost"]["by_turn"]
+    assert [row["turn"] for row in by_turn] == [1, 2, 3] and all(row["memory"]["process"] > 0 for row in by_turn)
+    assert "preview" in by_turn[1]["seconds"] and "preview" not in by_turn[0]["seconds"]
+
+
+def test_a_refiner_that_is_none_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "no_refiner.py").write_text("def Mine():\n    return 1\n")
+    code, _, err = run("--arms", "single", *COMMON, "--refiner", "no_refiner:Mine", "--report", tmp_path / "b")
+    assert code == 2 and "is no refiner: give an object with a method refine" in err
+
+
 def test_best_of_2_takes_the_better_by_score(done):
     one, two = ([replace(t, scores={"score": said[t.id].score}) for t in load(done / arm)]
                 for arm in ("single", "best-of-2") for said in [read_scores(done / arm)["verifier"]])  # fmt: skip

@@ -227,6 +227,20 @@ def test_cost_counts_a_look_of_a_batch_once() -> None:
     assert (found["tokens"]["mean"], found["tokens"]["n"]) == (40, 2) and found["failures"] == {"refiner": 1, "unknown": 1}
 
 
+def test_cost_by_turn() -> None:
+    one = Turn(3, 10, "a", "a", seconds={"preview": 0.5, "refiner": 2.0})
+    two = Turn(6, 10, "a", "b", seconds={"preview": 1.5, "refiner": 4.0, "encode": 1.0})
+    found = cost([
+        Trajectory("p", [one, two], meta={"memory_by_turn": [{"cuda:0": 5}, {"cuda:0": 9}]}),
+        Trajectory("q", [replace(one, seconds={"refiner": 4.0})], meta={"memory_by_turn": [{"cuda:0": 7, "process": 1}]}),
+        Trajectory("r"),
+    ])["by_turn"]  # fmt: skip
+    assert found == [
+        {"turn": 1, "seconds": {"preview": 0.5, "refiner": 3.0}, "memory": {"cuda:0": 7, "process": 1}},
+        {"turn": 2, "seconds": {"preview": 1.5, "refiner": 4.0, "encode": 1.0}, "memory": {"cuda:0": 9}},
+    ]
+
+
 def test_cost_of_runs_that_were_not_timed() -> None:
     turn = Turn(3, 10, "a", "a", seconds={"refiner": 2.0, "scoring": 1.0})
     found = cost([Trajectory("p", [turn], meta={"seconds": 8.0}), Trajectory("q")])
@@ -243,7 +257,7 @@ MB = 2**20
 PEAKS = """
 import json, threading
 import numpy as np
-from promptloop_pipeline.evaluation.memory import peak_memory
+from promptloop_pipeline.evaluation.memory import Meter, peak_memory
 
 def fill(megabytes):
     block = np.ones(megabytes * 2**20, np.uint8)
@@ -258,18 +272,27 @@ with peak_memory() as short:
     kept = np.ones(60 * 2**20, np.uint8)
 with peak_memory() as nothing:
     pass
-print(json.dumps([large, small, short, nothing]))
+with Meter() as meter:
+    fill(30)
+    first = meter.lap()
+    fill(90)
+    second = meter.lap()
+    third = meter.lap()
+print(json.dumps([large, small, short, nothing, first, second, third, meter.found]))
 """
 
 
 def test_peak_memory() -> None:
     """In a process of its own, where nothing else is freed meanwhile."""
     said = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True).stdout
-    large, small, short, nothing = (row["process"] for row in json.loads(said))
+    large, small, short, nothing, *laps = (row["process"] for row in json.loads(said))
     assert 140 * MB < large["rise"] < 220 * MB and large["peak"] > large["rise"]
     assert 40 * MB < small["rise"] < 100 * MB, "it shows although a larger one was before"
     assert 50 * MB < short["rise"] < 110 * MB, "what is held at the end shows, however short it was"
     assert nothing["rise"] < 10 * MB
+    first, second, third, whole = laps
+    assert 25 * MB < first["rise"] < 60 * MB and 80 * MB < second["rise"] < 130 * MB and third["rise"] < 10 * MB
+    assert whole["peak"] == max(lap["peak"] for lap in laps) and 80 * MB < whole["rise"] < 130 * MB
 
 
 def test_peak_memory_of_what_fails() -> None:
