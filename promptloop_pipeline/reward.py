@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.getLogger("promptloop")
 
 
 @runtime_checkable
@@ -27,7 +30,8 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A score and what it stands on: JSON values, such as the boxes that were found, or {"error": why there is no score}."""
+    """A score and what it stands on: JSON values, such as the boxes that were found. {"error": why}: there is no score for a reason
+    that may pass; {"skipped": why}: the reward does not apply."""
 
     score: float | None
     details: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +57,7 @@ def ask(
     if any(not (s is None or isinstance(s, Real) or hasattr(s, "item")) for s in found):
         raise TypeError(problem)
     scores = [None if s is None else float(s) for s in found]
-    if any(s is not None and math.isnan(s) for s in scores):
+    if any(s is not None and not math.isfinite(s) for s in scores):
         raise ValueError(problem)
     return scores
 
@@ -72,3 +76,24 @@ def ask_why(
         return [j.score for j in found]
 
     return list(map(Judgement, ask(scores, images, prompts, name or reward_name(reward), **context), details))
+
+
+def ask_each(
+    reward: Reward, images: Sequence[Any], prompts: Sequence[str], name: str | None = None, **context: Sequence[Any]
+) -> list[Judgement]:
+    """As `ask_why`, for pictures that have been paid for: where a reward fails on several, it is asked about one after the other, and a
+    picture that it fails on gets {"error": why}. context: lists with one value for each picture."""
+    try:
+        return ask_why(reward, images, prompts, name, **context)
+    except Exception as e:  # whatever a reward of one's own may raise
+        if len(images) == 1:
+            return [Judgement(None, {"error": f"{type(e).__name__}: {e}"})]
+        found = [
+            ask_each(reward, [image], [prompt], name, **{key: [values[k]] for key, values in context.items()})[0]
+            for k, (image, prompt) in enumerate(zip(images, prompts, strict=True))
+        ]
+        lost = [j.details["error"] for j in found if "error" in j.details and j.score is None]
+        what = f"{len(lost)} of {len(found)}" if len(lost) < len(found) else f"all {len(found)}"
+        reason = lost[0] if lost else f"{type(e).__name__}: {e}, but on none of them alone"
+        logger.warning("the reward %s failed on %s pictures: %s", name or reward_name(reward), what, reason)
+        return found

@@ -96,14 +96,21 @@ def save(trajectories: Iterable[Trajectory], folder: str | Path) -> Path:
         (folder / "images").mkdir(parents=True, exist_ok=True)
         for t, record in records:
             _write_images(t, record, folder)
-            torn = (
-                file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
-            )  # somebody was killed here
+            torn = _torn(file)
             with open(file, "a", encoding="ascii") as f:
                 f.write(("\n" if torn else "") + json.dumps(record, default=_plain) + "\n")
     except OSError as e:
         raise OSError(f"cannot write trajectories to {folder}: {e}; choose a folder that you may write to") from e
     return file
+
+
+def _torn(file: Path) -> bool:
+    """Whether somebody was killed in writing the last line."""
+    if not file.exists() or not file.stat().st_size:
+        return False
+    with open(file, "rb") as f:
+        f.seek(-1, 2)
+        return f.read(1) != b"\n"
 
 
 def load(path: str | Path) -> list[Trajectory]:

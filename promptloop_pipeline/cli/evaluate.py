@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -107,34 +106,45 @@ def evaluate(
     quiet_libraries()
     from ..evaluation.evaluate import Samples
     from ..rewards.combine import parse_rewards
-    from .named import check_model, load_model, load_named_reward, load_refiner, reward_options
+    from .named import check_model, load_model, load_named_reward, load_refiner, reward_options, where_to_run
 
     the_benchmark = _benchmark(benchmark, n, objects, split)
     chosen = _chosen(arms, the_benchmark)
     refine_at = str(RefinementSchedule.parse(refine_at or the_benchmark.refine_at))
     for spec in chosen:
         RefinementSchedule.parse(spec.refine_at or refine_at).steps(steps)
-    model = _needed("--model", model, the_benchmark.model, the_benchmark, "a folder or hub id of a diffusers pipeline")
+    model = _named(_needed("--model", model, the_benchmark.model, the_benchmark, "a folder or hub id of a diffusers pipeline"))
     check_model(model)
+    device, dtype = where_to_run(model, device, dtype)
     if any(a.needs_refiner for a in chosen):
         what = "a model's folder or hub id, a server's URL, or \"module:object\", or only arms without one, such as raw"
-        refiner = _needed("--refiner", refiner, the_benchmark.refiner, the_benchmark, what)
+        refiner = _named(_needed("--refiner", refiner, the_benchmark.refiner, the_benchmark, what))
+        if re.match(r"https?://", refiner) and server_model is None:
+            raise ValueError(f"--refiner {refiner}: give --server-model too, so that the record says which model it was")
     rewards = _needed("--reward", reward, the_benchmark.rewards, the_benchmark, "such as image-reward, pickscore:0")
     specs = parse_rewards(rewards)
+    if "win-rate" in (s.name for s in specs):
+        raise ValueError(
+            "win-rate compares the pictures of one prompt with each other, so that the mean of any arm is one half; use a reward that "
+            "marks single pictures, such as vlm-judge"
+        )
     own = reward_options(reward_model or [], specs, "--reward-model")
     if (guidance := the_benchmark.guidance_scale if guidance_scale is None else guidance_scale) is not None:
         call["guidance_scale"] = guidance
     samples = Samples.of(the_benchmark, seed, per_prompt or the_benchmark.per_prompt)
     settings = {
-        "benchmark": benchmark, "model": model, "n": len(the_benchmark.requests), "per_prompt": per_prompt or the_benchmark.per_prompt,
+        "benchmark": the_benchmark.name, "model": model, "n": len(the_benchmark.requests),
+        "per_prompt": per_prompt or the_benchmark.per_prompt,
         "refiner": refiner, "template": template, "server_model": server_model, "refine_at": refine_at, "seed": seed, "steps": steps,
         "objects": objects, "split": split, "batch": batch, "guidance_scale": guidance, "size": size, "device": device, "dtype": dtype,
     }  # fmt: skip
     manifest = {
-        "version": VERSION, "settings": settings, "versions": _versions(), "files": _files(benchmark, model, refiner),
-        "rewards": {name: _sources(options) for name, options in own.items()},
+        "version": VERSION, "settings": settings, "versions": _versions(), "files": _files(the_benchmark, model, refiner, template),
     }  # fmt: skip
     manifest = _checked_manifest(folder, manifest)
+    told = _hash(json.dumps(the_benchmark.context, sort_keys=True, default=str).encode())
+    judged_by = {name: _sources(name, options) for name, options in own.items()}
+    by = {name: json.dumps(what | {"told": told}, sort_keys=True) for name, what in judged_by.items()}
     common = {"device": device, "batch_size": reward_batch}
     from ..evaluation.evaluate import evaluate as run
 
@@ -143,11 +153,11 @@ def evaluate(
             the_benchmark, chosen, samples, specs, folder,
             model=lambda: load_model(model, device, dtype),
             refiner=lambda: load_refiner(str(refiner), template, server_model),
-            rewards={name: partial(load_named_reward, name, options, **common) for name, options in own.items()},
+            rewards={name: partial(load_named_reward, name, options, **common) for name, options in own.items()}, by=by,
             refine_at=refine_at, batch=batch, reward_batch=reward_batch, begin=partial(_begin, folder, manifest), progress=bars.next,
             **call,
         )  # fmt: skip
-    results, page = write(the_benchmark, chosen, samples, specs, found, manifest, folder)
+    results, page = write(the_benchmark, chosen, samples, specs, found, manifest | {"rewards": judged_by}, folder)
     _write_json(folder / RESULTS, results)
     if as_json:
         print(json.dumps({k: v for k, v in results.items() if k not in SAMPLES} | {"report": str(page)}, indent=1))
@@ -243,27 +253,42 @@ def _versions() -> dict[str, str]:
     return {"promptloop": __version__, "python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
 
 
-def _files(benchmark: str, model: str, refiner: str | None) -> dict[str, str]:
-    """Check sums of what is measured, so that retrained weights, an edited refiner or other prompts are not taken for the old ones."""
+def _named(place: str) -> str:
+    """A model's folder by its one name, from wherever it is called."""
+    path = Path(place).expanduser()
+    return str(path.resolve()) if path.exists() and place not in ("tiny", "oracle", "none") else place
+
+
+def _files(benchmark: Benchmark, model: str, refiner: str | None, template: str | None) -> dict[str, str]:
+    """Check sums of what pictures are made of, so that retrained weights, an edited refiner or other prompts are not taken for the old
+    ones."""
+    from ..dotted import file_of
     from ..tiny import WEIGHTS
 
-    found = {"embedded weights": _check_sum(WEIGHTS)}
-    for what, place in (("benchmark file", benchmark), ("model files", model)):
-        if Path(place).expanduser().exists():
-            found[what] = _check_sum(Path(place).expanduser())
-    module = (refiner or "").partition(":")[0]
-    try:
-        spec = importlib.util.find_spec(module) if refiner and ":" in refiner and "/" not in refiner else None
-    except Exception:  # somebody's package that cannot be imported: the loader will say so
-        spec = None
-    path = Path(spec.origin) if spec and spec.origin else Path(refiner or "").expanduser()
-    return found | ({"refiner files": _check_sum(path)} if refiner and path.exists() else {})
+    sources = sorted(set(benchmark.context.get("source", ())))
+    found = {"requests": _hash(json.dumps([benchmark.requests, benchmark.context.get("source")]).encode())}
+    places = {"embedded weights": WEIGHTS, "model files": Path(model), "template file": Path(template or "").expanduser()}
+    if refiner and not re.match(r"https?://", refiner):
+        places["refiner files"] = (file_of(refiner) if ":" in refiner else None) or Path(refiner)
+    found |= {
+        what: _check_sum(path) for what, path in places.items() if path.exists() and path != Path() and str(path) != "tiny"
+    }
+    return found | ({"source pictures": _hash("".join(_check_sum(Path(s)) for s in sources).encode())} if sources else {})
 
 
-def _sources(options: dict[str, str]) -> dict[str, str]:
-    """A reward's options, with check sums of those that are files."""
+def _sources(name: str, options: dict[str, str]) -> dict[str, str]:
+    """A reward's options, with check sums of those that are files, and of itself where it is somebody's own."""
+    from ..dotted import file_of
+    from ..rewards.combine import NAMED
+
     places = {key: Path(value).expanduser() for key, value in options.items()}
+    if name not in NAMED and (own := file_of(name)):
+        places["own"] = own
     return options | {f"{key} files": _check_sum(path) for key, path in places.items() if path.exists()}
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _check_sum(path: Path) -> str:
@@ -285,7 +310,7 @@ def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     to be as it was."""
     file = folder / MANIFEST
     if not file.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
             raise ValueError(f"the folder {folder} holds something, but no evaluation; choose another one with --report")
         return manifest
     old = _read_json(file)
@@ -293,17 +318,12 @@ def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"the folder {folder} holds an evaluation of an older version of PromptLoop; choose another one with --report"
         )
-    rewards = {**old["rewards"], **manifest["rewards"]}
     unused = [m for m in (old, manifest) if m["settings"]["refiner"] is None]
-    for part, keys in (("settings", OF_REFINER), ("files", ("refiner files",))) if len(unused) == 1 else ():
+    for part, keys in (("settings", OF_REFINER), ("files", ("refiner files", "template file"))) if len(unused) == 1 else ():
         theirs = manifest if unused[0] is old else old
         unused[0][part] |= {k: theirs[part][k] for k in keys if k in theirs[part]}
-    for part, wanted in (manifest | {"rewards": rewards}).items():
-        before = (
-            old["rewards"] | {k: v for k, v in rewards.items() if k not in old["rewards"]}
-            if part == "rewards"
-            else old.get(part)
-        )
+    for part, wanted in manifest.items():
+        before = old.get(part)
         if before == wanted:
             continue
         a, b = (p if isinstance(p, dict) else {part: p} for p in (before, wanted))
@@ -313,7 +333,7 @@ def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             f"{shown(b.get(key))} now; nothing was changed. Repeat what it was made with to go on with it, or choose another folder "
             "with --report"
         )
-    return manifest | {"rewards": rewards}
+    return manifest
 
 
 def _read_json(file: Path) -> dict[str, Any]:

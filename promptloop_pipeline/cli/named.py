@@ -72,31 +72,51 @@ def check_model(name: str) -> None:
         raise FileNotFoundError(f'no pipeline at {name}: expected a folder with model_index.json, a hub id, or "tiny"')
 
 
-def load_model(name: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """A diffusers pipeline: "tiny" (embedded), a folder or a hub id.
-
-    device: default: the best there is. dtype: one of `DTYPES`; default: float32 on a CPU; elsewhere bfloat16 for transformers, whose
-    activations overflow float16, and float16 for UNets. Raises OSError or ValueError with one clear line.
-    """
+def where_to_run(name: str, device: str | None = None, dtype: str | None = None) -> tuple[str, str]:
+    """The device, by default the best there is, and the dtype: by default float32 on a CPU and for "tiny"; elsewhere bfloat16 for
+    transformers, whose activations overflow float16, and float16 for UNets. Raises OSError with one clear line."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if dtype is not None or device == "cpu" or name == "tiny":
+        return device, dtype or "float32"
+    from diffusers import DiffusionPipeline
+
+    try:
+        return device, "bfloat16" if "transformer" in DiffusionPipeline.load_config(_place(name)) else "float16"
+    except OSError as e:
+        raise _no_model(name, e) from e
+
+
+def load_model(name: str, device: str | None = None, dtype: str | None = None) -> Any:
+    """A diffusers pipeline: "tiny" (embedded), a folder or a hub id. device, dtype: see `where_to_run`.
+
+    Raises OSError or ValueError with one clear line.
+    """
+    import torch
+
+    device, kind = where_to_run(name, device, dtype)
     if name == "tiny":
         from ..tiny import load_pipeline
 
-        return load_pipeline("sd").to(device)
+        return load_pipeline("sd").to(device, getattr(torch, kind))
     from diffusers import DiffusionPipeline
 
-    place = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
     try:
-        parts = DiffusionPipeline.load_config(place)
-        kind = dtype or ("float32" if device == "cpu" else "bfloat16" if "transformer" in parts else "float16")
-        return DiffusionPipeline.from_pretrained(place, dtype=getattr(torch, kind)).to(device)
+        return DiffusionPipeline.from_pretrained(_place(name), dtype=getattr(torch, kind)).to(device)
     except OSError as e:
-        raise OSError(
-            f"cannot load the model {name!r}: no such pipeline on the hub, or it cannot be reached ({type(e).__name__}); "
-            'give a folder, a hub id, or "tiny"'
-        ) from e
+        raise _no_model(name, e) from e
+
+
+def _place(name: str) -> str:
+    return str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+
+
+def _no_model(name: str, error: OSError) -> OSError:
+    return OSError(
+        f"cannot load the model {name!r}: no such pipeline on the hub, or it cannot be reached ({type(error).__name__}); "
+        'give a folder, a hub id, or "tiny"'
+    )
 
 
 # --- rewards ------------------------------------------------------------------------------------------------------------
@@ -105,6 +125,8 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
 def reward_options(given: Sequence[str], specs: Sequence[RewardSpec], option: str) -> dict[str, dict[str, str]]:
     """NAME[:PART]=WEIGHTS, as options of each reward. Raises ValueError, naming `option`."""
     found: dict[str, dict[str, str]] = {s.name: {} for s in specs}
+    for name in found:
+        takes(name)  # a misspelt one of the user's own says so now, not when everything is rendered
     for text in given:
         whole, equals, source = text.partition("=")
         name, _, part = whole.partition(":") if whole not in found else (whole, "", "")
@@ -126,9 +148,9 @@ def reward_options(given: Sequence[str], specs: Sequence[RewardSpec], option: st
 
 def takes(name: str) -> frozenset[str]:
     """The options that a reward can be loaded with; none for one that is ready as it is."""
+    found = load_object(NAMED[name][0] if name in NAMED else name, "reward")
     if name not in NAMED:
         return frozenset()
-    found = load_object(NAMED[name][0], "reward")
     parameters = frozenset(inspect.signature(found).parameters)
     return frozenset() if "images" in parameters else parameters
 

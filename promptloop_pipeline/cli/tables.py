@@ -27,46 +27,47 @@ def report(
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
     """(all figures, the page that was written)"""
     from ..evaluation.evaluate import LOOKS, measures, metrics_of, with_pictures
-    from ..evaluation.figures import REFERENCE, arm_row, by_tag, gains
+    from ..evaluation.figures import arm_row, by_tag, gains, reference_of
     from ..evaluation.plots import Plot, grouped_plot, interval_plot, measure_plots
     from ..evaluation.report import Arm, write_report
 
-    metrics, per_prompt = metrics_of(specs), manifest["settings"]["per_prompt"]
+    metrics, reference = metrics_of(specs), reference_of(found)
     rows = []
     for spec in chosen:
         arm = found[spec.name]
-        row = arm_row(spec.name, spec.note, arm, metrics, per_prompt)
-        if (gain := gains(found, spec.name, metrics, per_prompt)) is not None:
-            row["loop_minus_arm"] = gain
+        row = arm_row(spec.name, spec.note, arm, metrics)
+        if (gain := gains(found, spec.name, metrics)) is not None:
+            row["reference_minus_arm"] = gain
         if looks := benchmark.look_figures([t.meta["details"].get(LOOKS, {}) for t in arm]):
             row["looks"] = looks
         row["measures"] = measures(arm, folder)
         rows.append(row)
-    tags = by_tag(found, benchmark.context.get("tag", []), metrics[0], per_prompt)
+    tags = by_tag(found, samples.context.get("tag", []), metrics[0])
     results = manifest | {
-        "metrics": metrics, "weights": [{"name": s.name, "weight": s.weight, "cap": s.cap} for s in specs], "arms": rows, "tags": tags,
+        "metrics": metrics, "reference": reference, "weights": [{"name": s.name, "weight": s.weight, "cap": s.cap} for s in specs],
+        "arms": rows, "tags": tags,
         "requests": samples.requests, "seeds": [samples.seed + k for k in range(len(samples))],
         "scores": {name: {m: [t.scores[m] for t in arm] for m in metrics} for name, arm in found.items()},
     }  # fmt: skip
     n = len(samples)
-    what = "requests" if per_prompt == 1 else "pictures"
+    what = "requests" if manifest["settings"]["per_prompt"] == 1 else "pictures"
     shown = f" Shown are the first {SHOWN} of {n} {what}; the figures are of all." if n > SHOWN else ""
     plots = [
         Plot(
-            m, interval_plot({r["arm"]: r[m] for r in rows}, title=f"{m} by arm", x_label=f"{m}, 95% interval", reference=REFERENCE),
-            f"The dashed line is {REFERENCE}." if REFERENCE in found else "",
+            m, interval_plot({r["arm"]: r[m] for r in rows}, title=f"{m} by arm", x_label=f"{m}, 95% interval", reference=reference),
+            f"The dashed line is {reference}.",
         )
         for m in metrics
     ]  # fmt: skip
     main = metrics[0]
-    if gained := {r["arm"]: r["loop_minus_arm"][main] for r in rows if r.get("loop_minus_arm", {}).get(main)}:
-        svg = interval_plot(gained, title=f"{REFERENCE} minus arm", x_label=f"difference of {main}, in pairs", reference=0)
+    if gained := {r["arm"]: r["reference_minus_arm"][main] for r in rows if r.get("reference_minus_arm", {}).get(main)}:
+        svg = interval_plot(gained, title=f"{reference} minus arm", x_label=f"difference of {main}, in pairs", reference=0)
         plots.append(
-            Plot(f"{REFERENCE} minus arm, {main}", svg, f"Right of 0: {REFERENCE} is better on the same requests and seeds.")
+            Plot(f"{reference} minus arm, {main}", svg, f"Right of 0: {reference} is better on the same requests and seeds.")
         )
     if tags:
         by = {tag: {arm: of[tag] for arm, of in tags.items()} for tag in next(iter(tags.values()))}
-        plots.append(Plot(f"{main} by tag", grouped_plot(by, title=f"{main} by tag", x_label=main, reference=REFERENCE)))
+        plots.append(Plot(f"{main} by tag", grouped_plot(by, title=f"{main} by tag", x_label=main, reference=reference)))
     plots += measure_plots({r["arm"]: r["measures"] for r in rows})
     tables = [
         ("Turns with a picture, judged by the preview that was decoded", _looks(rows)),
@@ -76,14 +77,14 @@ def report(
     page = write_report(
         [Arm(row["arm"], row["note"], with_pictures(found[row["arm"]][:SHOWN], folder)) for row in rows],
         folder / "index.html", title=f"PromptLoop on {benchmark.name}", intro=benchmark.intro + shown, pixelated=benchmark.pixelated,
-        table=_summary(rows, metrics), tables=[(title, table) for title, table in tables if table], plots=plots,
+        table=_summary(rows, metrics, reference), tables=[(title, table) for title, table in tables if table], plots=plots,
     )  # fmt: skip
     return results, page
 
 
 def print_results(results: dict[str, Any], page: Path) -> None:
     rows, metrics = results["arms"], results["metrics"]
-    print_table(_summary(rows, metrics))
+    print_table(_summary(rows, metrics, results["reference"]))
     if looks := _looks(rows):
         print("\nTurns with a picture, judged by the preview that was decoded (intervals: bootstrap over samples):")
         print_table(looks)
@@ -112,7 +113,7 @@ def _gain(value: Row | None) -> str:
     return _interval(value, "+") + pairs
 
 
-def _summary(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, str]]:
+def _summary(rows: Sequence[Row], metrics: Sequence[str], reference: str) -> list[dict[str, str]]:
     table = []
     for row in rows:
         cells = {"arm": row["arm"], "n": str(row["n"]), metrics[0]: _interval(row[metrics[0]])}
@@ -124,8 +125,9 @@ def _summary(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, str]
             "failed turns": f"{row['failed_turns']} of {row['turns']}",
         }
         cells |= {"s/image": f"{row['seconds_per_image']:.2f}"}
-        if any("loop_minus_arm" in r for r in rows):
-            cells[f"loop minus arm, {metrics[0]}"] = _gain(row["loop_minus_arm"][metrics[0]]) if "loop_minus_arm" in row else ""
+        if len(rows) > 1:
+            gain = row.get("reference_minus_arm")
+            cells[f"{reference} minus arm, {metrics[0]}"] = _gain(gain[metrics[0]]) if gain else ""
         table.append(cells)
     return table
 

@@ -79,7 +79,7 @@ class _Metered:
 
     def __init__(self, refiner: Refiner, meter: Meter) -> None:
         self.refiner, self.meter = refiner, meter
-        self.peaks: list[dict[str, int]] = []  # of each look of the batch, by device
+        self.peaks: list[dict[str, int]] = []  # of each look of the batch: its step, and bytes by device
 
     @property
     def looks(self) -> bool:
@@ -98,7 +98,8 @@ class _Metered:
         try:
             return self.refiner.refine(views)
         finally:
-            self.peaks.append({device: of["peak"] for device, of in self.meter.lap().items()})
+            peaks = {device: of["peak"] for device, of in self.meter.lap().items()}
+            self.peaks.append({"step": views[0].step, **peaks})
 
 
 def _metered(refiner: Refiner, meter: Meter) -> _Metered:
@@ -129,7 +130,7 @@ def take_up(folder: Path, requests: Sequence[str], seeds: Sequence[int]) -> dict
     """What an arm's folder holds already, by position, without pictures. A record that was torn off in writing is cut off, to be
     rendered anew.
 
-    Raises ValueError, naming the line, for a file that is damaged elsewhere.
+    Raises ValueError, naming the line, for a file that is damaged elsewhere, or holds something else.
     """
     file = folder / FILE
     if not file.is_file():
@@ -138,8 +139,9 @@ def take_up(folder: Path, requests: Sequence[str], seeds: Sequence[int]) -> dict
     position = {key: i for i, key in enumerate(zip(requests, seeds, strict=True))}
     found: dict[int, Trajectory] = {}
     for t in iterate(file, pictures=False, previews=False):
-        if (i := position.get((t.request, t.meta.get("seed", -1)))) is not None:
-            found.setdefault(i, t)
+        if (i := position.get((t.request, t.meta.get("seed", -1)))) is None or t.id != f"{i:05d}":
+            raise ValueError(f"{file} holds pictures of other requests or seeds; choose another folder")
+        found.setdefault(i, t)
     return found
 
 
@@ -177,11 +179,12 @@ def render(
         if not todo:
             continue
         clock = time.perf_counter()
+        starts = None if sources is None else [load_image(sources[i]) for i in todo]
         with Meter() as meter:
             metered = _metered(the_refiner, meter)
             found = run_arm(
                 pipe, [requests[i] for i in todo], [seeds[i] for i in todo], metered, arm.refine_at or refine_at, batch=batch,
-                sources=None if sources is None else [load_image(sources[i]) for i in todo], progress=progress, **options,
+                sources=starts, progress=progress, **options,
             )  # fmt: skip
         seconds = (time.perf_counter() - clock) / len(todo)
         for i, t in zip(todo, found, strict=True):

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ..reward import Reward
+from ..rewards.geneval import checked
 from ..tiny.benchmark import requests
 from . import shapes as shapes_world
 from .arms import ARMS, ArmSpec
+from .figures import MEAN_OF_TAGS
 
 DATA = Path(__file__).parent / "data"
 MOST = 10_000  # requests of shapes; there are more, but not so many more that drawing them would stay quick
 SHAPES_N = 300
+TAKEN = {"refined", "format_ok", "trajectories", "name", "images", "prompts", "reward", "self"}  # what rewards are told anyway
+TAKEN_TAGS = ("arm", MEAN_OF_TAGS)
 
 
 @dataclass(frozen=True)
@@ -139,12 +143,25 @@ def _row(line: str, path: Path, number: int, jsonl: bool) -> dict[str, Any]:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'{path}, line {number}: expected an object with "prompt", and found {line.strip():.80}')
+    where = f"{path}, line {number}"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: the prompt is not UTF-8 ({e.reason})") from e
+    if row.get("tag") is not None and not (isinstance(row["tag"], str) and row["tag"].strip() and row["tag"] not in TAKEN_TAGS):
+        raise ValueError(f"{where}: the tag is {row['tag']!r}; give a text, other than {' and '.join(map(repr, TAKEN_TAGS))}")
     if "include" in row:
-        row = {"prompt": prompt, "tag": row.get("tag"), "geneval": row}
+        whole = {k: row[k] for k in ("tag", "include", "exclude", "prompt") if k in row}
+        try:
+            row = {k: v for k, v in row.items() if k not in ("include", "exclude")} | {
+                "geneval": checked(whole, prompt) and whole
+            }
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from e
     if "source" in row:
         row["source"] = str((path.parent / str(row["source"])).resolve())
         if not Path(row["source"]).is_file():
-            raise ValueError(f"{path}, line {number}: there is no picture at {row['source']}")
-    if taken := {"refined", "format_ok", "trajectories", "name"} & set(row):
-        raise ValueError(f"{path}, line {number}: the key {sorted(taken)[0]!r} is taken; rename it")
+            raise ValueError(f"{where}: there is no picture at {row['source']}")
+    if taken := TAKEN & set(row):
+        raise ValueError(f"{where}: the key {sorted(taken)[0]!r} is taken; rename it")
     return row

@@ -23,10 +23,11 @@ from .figures import TOTAL
 from .measures import SIDE, arm_measures, embedding_similarity, figure, text_encoder_of, token_recall
 from .scoring import failed, read_scores, score_arm
 
-LOOKS, DRIFT = (
-    "looks",
-    "drift",
-)  # what lies among the scores beside rewards: judged looks, and drift by the pipeline's own encoder
+# What lies among the scores beside rewards: judged looks, and drift by the pipeline's own encoder. No reward has such a name.
+LOOKS, DRIFT = "(looks)", "(drift)"
+
+
+BUILT_IN = "1"  # by what these judge; another number where they change
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def evaluate(
     model: Callable[[], Any],
     refiner: Callable[[], Any],
     rewards: Mapping[str, Callable[[], Reward]],
+    by: Mapping[str, str],
     refine_at: str,
     batch: int,
     reward_batch: int,
@@ -67,9 +69,11 @@ def evaluate(
 ) -> dict[str, list[Trajectory]]:
     """Every sample of every arm, with its scores and without its pictures, in order.
 
-    model, refiner, rewards: how to load them; only what is needed is loaded, the generator is gone before the first reward comes, and
-    each reward before the next. begin: called before anything is written, when what renders is loaded. progress: (what, how many there
-    are, how many are done) -> what to call with each further number. options: of the pipeline's call.
+    folder: one evaluation; other requests or seeds in it are refused. by: by what each reward judges, any text: what was scored
+    by another is scored anew. model, refiner, rewards: how to load them; only what is needed is loaded, the generator is gone
+    before the first reward comes, and each reward before the next. begin: called before anything is written, when what renders
+    is loaded. progress: (what, how many there are, how many are done) -> what to call with each further number. options: of the
+    pipeline's call.
     """
     arms = with_rivals(chosen, benchmark.arms)
     done = {a.name: take_up(folder / a.name, samples.requests, a.seeds(samples.seed, len(samples))) for a in arms}
@@ -84,37 +88,41 @@ def evaluate(
             folder / arm.name, batch=batch, sources=samples.context.get("source"),
             progress=progress(arm.name, len(samples), len(done[arm.name])), **options,
         )  # fmt: skip
-        score_arm(folder / arm.name, DRIFT, _Drift(pipe), {}, batch=reward_batch, pictures=False)
+        score_arm(folder / arm.name, DRIFT, _Drift(pipe), {}, batch=reward_batch, by=BUILT_IN, pictures=False)
     pipe = the_refiner = None
     _free()
     wanted: dict[str, Callable[[], Reward]] = dict(rewards)
     if (looks := benchmark.looks) is not None:
         wanted[LOOKS] = lambda: looks
+    by = {**by, LOOKS: BUILT_IN, DRIFT: BUILT_IN}
     for name, load in wanted.items():
-        _score(name, load, {a.name: list(done[a.name].values()) for a in arms}, samples, folder, reward_batch, progress)
-    return _with_scores(benchmark, chosen, done, specs, folder)
+        _score(
+            name, load, by[name], {a.name: list(done[a.name].values()) for a in arms}, samples, folder, reward_batch, progress
+        )
+    return _with_scores(benchmark, chosen, done, specs, by, folder)
 
 
 def _score(
-    name: str, load: Callable[[], Reward], arms: Mapping[str, Sequence[Trajectory]], samples: Samples, folder: Path, batch: int,
+    name: str, load: Callable[[], Reward], by: str, arms: Mapping[str, Sequence[Trajectory]], samples: Samples, folder: Path,
+    batch: int,
     progress: Callable[[str, int, int], Callable[[int], Any]],
 ) -> None:  # fmt: skip
-    todo = {arm: _todo(folder, arm, name, of) for arm, of in arms.items()}
+    todo = {arm: _todo(folder, arm, name, of, by) for arm, of in arms.items()}
     if not any(todo.values()):
         return
     reward = load()
     for arm, count in todo.items():
         if count:
             score_arm(
-                folder / arm, name, reward, samples.context, batch=batch, previews=name == LOOKS,
+                folder / arm, name, reward, samples.context, batch=batch, by=by, previews=name == LOOKS,
                 progress=progress(f"{name}: {arm}", len(samples), len(samples) - count),
             )  # fmt: skip
     del reward
     _free()
 
 
-def _todo(folder: Path, arm: str, name: str, found: Iterable[Trajectory]) -> int:
-    said = read_scores(folder / arm).get(name, {})
+def _todo(folder: Path, arm: str, name: str, found: Iterable[Trajectory], by: str = BUILT_IN) -> int:
+    said = read_scores(folder / arm, {name: by}).get(name, {})
     return sum(failed(said.get(t.id)) for t in found)
 
 
@@ -141,11 +149,11 @@ def measures(found: Sequence[Trajectory], folder: Path) -> dict[str, Any]:
     requests, several = [t.request for t in found], len({t.request for t in found}) < len(found)
     of = arm_measures([replace(t, image=image) for t, image in _thumbnails(found, folder)] if several else found)
     drift = [t.meta["details"].get(DRIFT, {}) for t in found]
-    if any(drift):
+    if any("cut" in d for d in drift):
         of["drift"] |= {
             "embedding": figure([t.meta["drift"] for t in found], requests),
             "tokens": figure([d.get("tokens") for d in drift], requests),
-            "cut": {part: sum(d["cut"][k] for d in drift if d) for k, part in enumerate(("requests", "prompts"))},
+            "cut": {part: sum(d["cut"][k] for d in drift if "cut" in d) for k, part in enumerate(("requests", "prompts"))},
         }
     of["memory"] = {
         name: max(t.meta["memory"][name]["peak"] for t in found if name in t.meta["memory"])
@@ -165,16 +173,17 @@ def _thumbnails(found: Sequence[Trajectory], folder: Path) -> Iterator[tuple[Tra
 
 def _with_scores(
     benchmark: Benchmark, chosen: Sequence[ArmSpec], done: Mapping[str, Mapping[int, Trajectory]], specs: Sequence[RewardSpec],
-    folder: Path,
+    by: Mapping[str, str], folder: Path,
 ) -> dict[str, list[Trajectory]]:  # fmt: skip
     found: dict[str, list[Trajectory]] = {}
     names, (main, *_) = [s.name for s in specs], metrics_of(specs)
     for arm, by_position in done.items():
-        said = read_scores(folder / arm)
+        said = read_scores(folder / arm, by)
         of = [by_position[i] for i in range(len(by_position))]
         raw = {name: [said[name][t.id].score for t in of] for name in names}
         if main == TOTAL:
-            raw = {TOTAL: weighted_sum(raw, specs), **raw}
+            lost = [any(failed(said[s.name][t.id]) for s in specs if not s.held_out) for t in of]  # half a total is none
+            raw = {TOTAL: [None if out else v for v, out in zip(weighted_sum(raw, specs), lost)], **raw}
         found[arm] = [
             replace(
                 t,
@@ -187,9 +196,9 @@ def _with_scores(
             )
             for k, t in enumerate(of)
         ]
-    by = benchmark.choose_by if benchmark.choose_by in names else main
+    chooses = benchmark.choose_by if benchmark.choose_by in names else main
     return {
-        a.name: list(map(better, found[a.second_of], found[a.name], [by] * len(found[a.name])))
+        a.name: list(map(better, found[a.second_of], found[a.name], [chooses] * len(found[a.name])))
         if a.second_of
         else found[a.name]
         for a in chosen

@@ -233,7 +233,13 @@ def _by_turn(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
     for k in range(max((len(t.turns) for t in trajectories), default=0)):
         seconds = [t.turns[k].seconds for t in trajectories if len(t.turns) > k]
         parts = {name: [s[name] for s in seconds if name in s] for name in dict.fromkeys(name for s in seconds for name in s)}
-        peaks = [of[k] for t in trajectories if len(of := t.meta.get("memory_by_turn", ())) > k]
+        peaks = [
+            {name: value for name, value in row.items() if name != "step"}
+            for t in trajectories
+            if len(t.turns) > k
+            for row in t.meta.get("memory_by_turn", ())
+            if row["step"] == t.turns[k].step
+        ]
         found.append({
             "turn": k + 1,
             "seconds": {name: math.fsum(values) / len(values) for name, values in parts.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..refiner import Refiner
@@ -30,13 +30,26 @@ def run_arm(
 
     loop = attach(pipe)
     found: list[Trajectory] = []
-    for i in range(0, len(requests), batch):
-        part = list(requests[i : i + batch])
-        generators = [torch.Generator().manual_seed(s) for s in seeds[i : i + batch]]
-        start = {} if sources is None else {"image": list(sources[i : i + batch])}
+    for rows in _batches(len(requests), batch, sources):
+        part = [requests[k] for k in rows]
+        generators = [torch.Generator().manual_seed(seeds[k]) for k in rows]
+        start = {} if sources is None else {"image": [sources[k] for k in rows]}
         out = loop(part, generator=generators, refiner=refiner, refine_at=refine_at, **start, **kwargs)
         for trajectory in out.trajectories:
             trajectory.scores.update(score(trajectory))
         found += out.trajectories
         progress(len(part))
     return found
+
+
+def _batches(n: int, size: int, sources: Sequence[Any] | None) -> Iterator[list[int]]:
+    """Rows in order, at most `size` at a time, with pictures to start from of one size: others would be squashed to that of the
+    first."""
+    rows: list[int] = []
+    for k in range(n):
+        if rows and (len(rows) == size or (sources is not None and sources[k].size != sources[rows[0]].size)):
+            yield rows
+            rows = []
+        rows.append(k)
+    if rows:
+        yield rows

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,18 +37,23 @@ def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES) ->
 
 
 def _resampled_means(v: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
-    return np.concatenate([v[rng.integers(0, len(v), (500, len(v)))].mean(1) for _ in range(resamples // 500)])
+    at_once = max(1, min(500, 5_000_000 // len(v)))
+    parts = [at_once] * (resamples // at_once) + [resamples % at_once] * (resamples % at_once > 0)
+    return np.concatenate([v[rng.integers(0, len(v), (k, len(v)))].mean(1) for k in parts])
 
 
-def by_prompt(values: Values, per_prompt: int) -> list[float | None]:
-    """The mean of each run of `per_prompt` values, without those that are None; None where all are."""
-    groups = (values[i : i + per_prompt] for i in range(0, len(values), per_prompt))
-    present = ([v for v in group if v is not None] for group in groups)
-    return [sum(group) / len(group) if group else None for group in present]
+def by_prompt(values: Values, requests: Sequence[Hashable]) -> list[float | None]:
+    """The mean of the values of each request, in the order in which they first come, without those that are None; None where all
+    are."""
+    groups: dict[Hashable, list[float]] = {}
+    for value, request in zip(values, requests, strict=True):
+        groups.setdefault(request, []).extend([] if value is None else [value])
+    return [sum(group) / len(group) if group else None for group in groups.values()]
 
 
 def mean(values: Values) -> dict[str, float | int | None]:
-    """With a 95% interval: Wilson's for shares (a bootstrap would be sure of a share of 0 or 1), else a percentile bootstrap."""
+    """With a 95% interval: Wilson's for shares (a bootstrap would be sure of a share of 0 or 1), else a percentile bootstrap; low and
+    high None where a single value says nothing of it."""
     v = np.array([x for x in values if x is not None], float)
     if not len(v):
         return {"mean": None, "low": None, "high": None, "n": 0}
@@ -58,6 +63,8 @@ def mean(values: Values) -> dict[str, float | int | None]:
         low, high = max(0.0, middle - half), min(1.0, middle + half)
     else:
         low, high = (d := paired_difference(v, np.zeros(len(v)))).low, d.high
+    if len(v) == 1 and not np.isin(v, (0, 1)).all():
+        return {"mean": float(v[0]), "low": None, "high": None, "n": 1}
     return {"mean": float(v.mean()), "low": float(low), "high": float(high), "n": len(v)}
 
 
@@ -65,7 +72,8 @@ def difference(a: Values, b: Values, *, paired: bool) -> dict[str, Any] | None:
     """`a` minus `b` with a 95% bootstrap interval; None where nothing can be compared."""
     if paired:
         both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-        return {"paired": True, **asdict(paired_difference([x for x, _ in both], [y for _, y in both]))} if both else None
+        found = {"paired": True, **asdict(paired_difference([x for x, _ in both], [y for _, y in both]))} if both else None
+        return found | {"low": None, "high": None} if found and len(both) == 1 else found
     left, right = (np.array([x for x in values if x is not None], float) for values in (a, b))
     if not len(left) or not len(right):
         return None

@@ -287,7 +287,7 @@ class GenEval:
         metas = [None if m is None else checked(m, prompt) for m, prompt in zip(given, prompts)]
         self._refuse_unknown(metas, prompts)
         found = [
-            Judgement(None, {"error": "there is no picture" if i is None else "there is no GenEval metadata"}) for i in images
+            Judgement(None, {"skipped": "there is no picture" if i is None else "there is no GenEval metadata"}) for i in images
         ]
         sizes: dict[tuple[int, int], list[tuple[int, Image.Image, dict[str, Any]]]] = {}
         for k, (image, meta) in enumerate(zip(images, metas)):

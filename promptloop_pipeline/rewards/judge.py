@@ -162,8 +162,8 @@ class Asking:
             raise ValueError(
                 f"{self.name}: {len(images)} pictures and {len(prompts)} prompts; give one prompt for each picture"
             )
-        out = {i: unjudged("there is no picture") for i, image in enumerate(images) if image is None}
-        out |= {i: unjudged("nothing was asked for") for i, prompt in enumerate(prompts) if i not in out and not prompt.strip()}
+        out = {i: _skipped("there is no picture") for i, image in enumerate(images) if image is None}
+        out |= {i: _skipped("nothing was asked for") for i, prompt in enumerate(prompts) if i not in out and not prompt.strip()}
         return {i: self._sized(image) for i, image in enumerate(images) if i not in out}, out
 
     def _sized(self, image: Any) -> Image:
@@ -203,6 +203,10 @@ class Asking:
 
 def unjudged(why: str, **details: Any) -> Judgement:
     return Judgement(None, {"error": why, **details})
+
+
+def _skipped(why: str) -> Judgement:
+    return Judgement(None, {"skipped": why})
 
 
 def _raised_in(error: BaseException, function: Any) -> bool:
@@ -258,7 +262,8 @@ def read_score(text: str, low: float, high: float, names: Sequence[str] = SCORE,
                 rf"(?<![\d.,/-])(?P<n>\d{{1,9}}(?:[.,]\d{{1,9}})?)\s{{0,3}}(?:/|out of)\s{{0,3}}(?P<of>{high:g}){_ENDS}"
             )
             patterns.append(rf"\A[^\w+-]{{0,40}}{_NUMBER}(?:\s?(?:points?|\u5206|\u70b9|\uc810))?[^\w%]{{0,40}}\Z")
-        found = sorted((m for p in patterns for m in re.finditer(p, answer, re.I)), key=lambda m: m.end("n"))
+        labelled = list(re.finditer(rf"{label}{colon}{_NUMBER}{_ENDS}", answer, re.I))  # what it says beside that is talk
+        found = labelled or sorted((m for p in patterns for m in re.finditer(p, answer, re.I)), key=lambda m: m.end("n"))
     if not found:
         return None
     value, of = float(found[-1]["n"].replace(",", ".")), found[-1]["of"]
@@ -291,7 +296,7 @@ class ChatJudge(Asking):
         sources: dict[int, Any] = {}
         if self.needs:
             given = needed(self.name, context, "source", len(images))
-            found |= {i: unjudged("there is no source picture") for i in pictures if given[i] is None}
+            found |= {i: _skipped("there is no source picture") for i in pictures if given[i] is None}
             sources = {i: self._sized(given[i]) for i in pictures if i not in found}
         rows = [i for i in pictures if i not in found]
         [template] = self.templates

@@ -177,7 +177,7 @@ class Pairwise(Asking):
         orders = [order for i, j in pairs for order in ((i, j), (j, i))]
         said = self._ask([template.conversation(first=pictures[i], second=pictures[j], request=prompts[i]) for i, j in orders])
         heard = {order: _better(answer) for order, answer in zip(orders, said, strict=True)}
-        why = {i: str(j.details["error"]) for i, j in out.items()}
+        why = {i: str(j.details["skipped"]) for i, j in out.items()}
         verdicts, lost = {}, []
         for i, j in pairs:
             there, back = heard[i, j], heard[j, i]

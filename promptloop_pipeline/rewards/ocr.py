@@ -120,7 +120,7 @@ class Ocr:
         wanted = quoted(prompt)[: 1 if self.first_only else None]
         if image is None or not wanted:
             return Judgement(
-                None, {"error": "there is no picture" if image is None else "nothing in double quotes was asked for"}
+                None, {"skipped": "there is no picture" if image is None else "nothing in double quotes was asked for"}
             )
         picture = as_rgb(image)
         try:

@@ -106,13 +106,13 @@ def test_arms_share_requests_and_seeds(done):
 def test_figures(done):
     results = without_timings(done)
     rows = {row["arm"]: row for row in results["arms"]}
-    assert [name for name in NAMES if "loop_minus_arm" in rows[name]] == [name for name in NAMES if name != "loop"]
+    assert [name for name in NAMES if "reference_minus_arm" in rows[name]] == [name for name in NAMES if name != "loop"]
     assert [name for name in NAMES if "looks" in rows[name]] == ["loop", "loop-noimage", "oracle"]
     for name in NAMES:
         for metric in ("verifier-strict", "verifier"):
             values = results["scores"][name][metric]
             assert rows[name][metric]["mean"] == pytest.approx(np.mean(values)) and rows[name]["n"] == len(values) == 3
-    gain = rows["gold"]["loop_minus_arm"]["verifier"]
+    gain = rows["gold"]["reference_minus_arm"]["verifier"]
     expected = paired_difference(results["scores"]["loop"]["verifier"], results["scores"]["gold"]["verifier"])
     assert {k: gain[k] for k in ("mean", "low", "high", "better", "worse", "n")} == vars(expected)
     assert rows["loop"]["turns"] == 9 and rows["loop"]["failed_turns"] == 0
@@ -167,7 +167,7 @@ def test_json_and_many_requests(done, run, tmp_path):
     code, out, err = run("--arms", "raw", "--n", "14", "--steps", "1", "--report", tmp_path / "b", "--json")
     assert code == 0, err
     row = json.loads(out)["arms"][0]
-    assert row["n"] == 14 and "loop_minus_arm" not in row
+    assert row["n"] == 14 and "reference_minus_arm" not in row
     page = (tmp_path / "b" / "index.html").read_text()
     assert page.count('class="prompt"') == 12 and "the first 12 of 14 requests; the figures are of all" in page
     assert not (tmp_path / "b" / "single").exists()
@@ -360,7 +360,8 @@ def results_of(requests, **scores):
 
 def test_compare_other_samples():
     rng = np.random.default_rng(0)
-    one, two = results_of(["a"] * 400, loop=rng.normal(0, 1, 400)), results_of(["b"] * 300, loop=rng.normal(1, 1, 300))
+    one = results_of([f"a{k}" for k in range(400)], loop=rng.normal(0, 1, 400))
+    two = results_of([f"b{k}" for k in range(300)], loop=rng.normal(1, 1, 300))
     found = figures.compare(one, two)
     d = found["rows"][0]["second_minus_first"]
     assert not found["paired"] and not d["paired"] and found["differs"] == {"n": [400, 300]}

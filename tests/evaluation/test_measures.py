@@ -231,8 +231,8 @@ def test_cost_by_turn() -> None:
     one = Turn(3, 10, "a", "a", seconds={"preview": 0.5, "refiner": 2.0})
     two = Turn(6, 10, "a", "b", seconds={"preview": 1.5, "refiner": 4.0, "encode": 1.0})
     found = cost([
-        Trajectory("p", [one, two], meta={"memory_by_turn": [{"cuda:0": 5}, {"cuda:0": 9}]}),
-        Trajectory("q", [replace(one, seconds={"refiner": 4.0})], meta={"memory_by_turn": [{"cuda:0": 7, "process": 1}]}),
+        Trajectory("p", [one, two], meta={"memory_by_turn": [{"step": 6, "cuda:0": 9}]}),
+        Trajectory("q", [replace(one, seconds={"refiner": 4.0})], meta={"memory_by_turn": [{"step": 3, "cuda:0": 7, "process": 1}]}),
         Trajectory("r"),
     ])["by_turn"]  # fmt: skip
     assert found == [

@@ -555,7 +555,7 @@ def test_end_to_end(kind, folders, clip, monkeypatch):
     images, lines = [*PICTURES, None, PICTURES[0]], [*metas, metas[0], None]
     found = ask_why(reward, images, ["p"] * 7, geneval=lines, other=[1] * 7)
     assert [j.score for j in found[5:]] == [None, None]
-    assert [j.details["error"] for j in found[5:]] == ["there is no picture", "there is no GenEval metadata"]
+    assert [j.details["skipped"] for j in found[5:]] == ["there is no picture", "there is no GenEval metadata"]
     assert json.loads(json.dumps([j.details for j in found])) == [j.details for j in found]
     strict = load_reward("geneval-strict", **options)
     assert (reward.name, strict.name, reward.needs) == ("geneval", "geneval-strict", ("geneval",))

@@ -90,8 +90,8 @@ def test_scores_are_those_of_the_pictures():
         assert vlm_judge(server.url.removeprefix("http://"), **QUICK)(images, prompts) == reward(images, prompts)
     assert isinstance(reward, Reward) and reward.name == "vlm-judge"
     assert judged[0] == Judgement(5.0, {"said": "It is rather grey.\n<score>5.0</score>"})
-    assert judged[1] == Judgement(None, {"error": "there is no picture"})
-    assert judged[4] == Judgement(None, {"error": "nothing was asked for"})
+    assert judged[1] == Judgement(None, {"skipped": "there is no picture"})
+    assert judged[4] == Judgement(None, {"skipped": "nothing was asked for"})
     json.dumps([j.details for j in judged])
 
 
@@ -309,7 +309,8 @@ def test_a_cancel_gets_through(on_token):
         ("<|begin_of_box|>7<|end_of_box|>", 7), ("<score>\uff17</score>", 7), ("<score>\u0667</score>", 7),
         ("<score>\u0667\u066b\u0665</score>", 7.5), ("<score>७</score>", 7), ("综合评分\uff1a\uff18\uff0e\uff15分", 8.5),
         ("得分: 8/10", 8), ("оценка: 8 из 10", 8), ("スコア\uff1a8", 8), ("점수: 8점", 8), ("8分", 8), ("x²", N), ("", N),
-        ("I cannot.", N),
+        ("I cannot.", N), ("Score: 7\n\nA score of 10 would need the dog.", 7), ('{"score": 7.0, "reason": "score of 3 things"}', 7),
+        ("Final Score: 7 out of 10 (was 9/10 before)", 7),
     ],
 )  # fmt: skip
 def test_scores_in_words(text, score):
@@ -418,7 +419,7 @@ def test_edit_reward():
         assert len(server.requests) == 3
     assert [j.score for j in judged] == [pytest.approx(math.sqrt(5 * 4)), 0, N, 0]
     assert (judged[0].details["following"], judged[0].details["kept"]) == (5, 4)
-    assert judged[2] == Judgement(None, {"error": "there is no source picture"})
+    assert judged[2] == Judgement(None, {"skipped": "there is no source picture"})
     assert reward.needs == ("source",)
 
 

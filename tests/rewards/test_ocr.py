@@ -183,8 +183,8 @@ def test_none_stays_and_details_say_why():
     reward = reading("Hello")
     found = ask_why(reward, [None, BLANK, BLANK], ['"Hello"', "no text", 'the word "Hello."'], other=[1, 2, 3])
     assert [j.score for j in found] == [None, None, pytest.approx(5 / 6)]
-    assert found[0].details == {"error": "there is no picture"}
-    assert "nothing in double quotes" in found[1].details["error"]
+    assert found[0].details == {"skipped": "there is no picture"}
+    assert "nothing in double quotes" in found[1].details["skipped"]
     assert found[2].details == {"wanted": ["Hello."], "read": ["Hello"], "edits": 1, "letters": 6}
     json.dumps([j.details for j in found])
     with pytest.raises(ValueError, match="ocr: 2 pictures and 1 prompts"):
