@@ -57,9 +57,12 @@ def is_flat(rewards: Rewards) -> bool:
 
 def turn_rewards(looks: Sequence[float | None], final: float | None) -> list[float | None]:
     """What each turn brought: the score of what was seen at the next one, or of the finished picture, minus the score of what
-    was seen at this one (DenseGRPO's idea, on x0-estimates). Its sum is the final score minus the first one.
+    was seen at this one (DenseGRPO's idea, on x0-estimates). Its sum is the final score minus the first one; None where one of
+    the two scores is missing.
 
-    An x0-estimate of an early step is blurred, and scores of it are biased; that is the price of credit by turns.
+    The limits of this: an x0-estimate of an early step is blurred, and scores of it are biased, most for rewards that want sharp
+    pictures; what a turn does later than the next one is credited to that one; and a part of each difference is only that the
+    picture was finished, which the comparison with the same turn of the other trajectories takes out.
     """
     after = [*looks[1:], final]
-    return [None if a is None or b is None else a - b for a, b in zip(after, looks, strict=True)]
+    return [None if a is None or b is None else a - b for a, b in zip(after, looks)]

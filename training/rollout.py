@@ -8,9 +8,10 @@ group, have none: they are the request as the user wrote it, from the same noise
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +22,9 @@ from promptloop_pipeline.chat import Conversation
 from promptloop_pipeline.pipelines.families import decode_preview, family_of
 from promptloop_pipeline.refiner import Refinement, View
 from promptloop_pipeline.refiners.mllm import MLLMRefiner
-from promptloop_pipeline.reward import Reward
-from promptloop_pipeline.rewards.combine import RewardSpec, score_all, tagged, weighted_sum
+from promptloop_pipeline.reward import Reward, ask
+from promptloop_pipeline.rewards.combine import RewardSpec, filled, tagged, weighted_sum
+from promptloop_pipeline.tiny import quiet
 from promptloop_pipeline.trajectory import Trajectory
 
 from .sharing import equal_rows_once
@@ -52,7 +54,7 @@ class Row:
 class Group:
     """trajectories: the refined ones first, then the retained. rows: of each refined one, one for each turn that carries loss;
     None where the policy gave nothing to learn from. raw: each reward's values; rewards: what is trained on, one a
-    trajectory."""
+    trajectory; None where no reward applies."""
 
     sample: Sample
     trajectories: list[Trajectory]
@@ -61,46 +63,50 @@ class Group:
     rewards: list[float | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Shot:
+    """A picture to be scored. refined: the prompt that it was made with."""
+
+    group: int
+    sample: Sample
+    image: Any
+    trajectory: Trajectory
+    refined: str
+    format_ok: float | None
+
+
 class Rollout:
     """refiner: the policy, with the template and the sampling of its use. rewards: by name; specs: how they are put together.
 
     size: trajectories in a group, the `retained` ones among them. share_noise: whether all of a group start from the same noise
-    (then all that differs between them is what the policy said). by_tag: each sample's reward is the one that its tag names, in
-    its own unit. call: of the pipeline: num_inference_steps, guidance_scale, ... preview: as for `attach`.
+    (then all that differs between them is what the policy said). share_steps: whether equal rows are computed once
+    (`sharing.equal_rows_once`); not for a pipeline whose rows see each other, as with style-aligned attention. by_tag: each
+    sample's reward is the one that its tag names, in its own unit. call: of the pipeline: num_inference_steps, guidance_scale,
+    ... preview: as for `attach`.
+
+    What a sample's trajectories are does not depend on which other samples are in the batch, up to the rounding of batched
+    arithmetic.
+
+    Raises ValueError for a group without anything refined.
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        refiner: MLLMRefiner,
-        rewards: Mapping[str, Reward],
-        specs: Sequence[RewardSpec],
-        *,
-        size: int,
-        retained: int = 0,
-        share_noise: bool = True,
-        share_steps: bool = True,
-        by_tag: bool = False,
-        preview: Any = None,
-        **call: Any,
-    ) -> None:
+        self, pipe: Any, refiner: MLLMRefiner, rewards: Mapping[str, Reward], specs: Sequence[RewardSpec], *, size: int,
+        retained: int = 0, share_noise: bool = True, share_steps: bool = True, by_tag: bool = False, preview: Any = None, **call: Any,
+    ) -> None:  # fmt: skip
         if not 0 <= retained < size:
             raise ValueError(f"a group of {size} trajectories cannot retain {retained}; retain from 0 to {size - 1}")
         self.pipe, self.refiner, self.rewards, self.specs = pipe, refiner, dict(rewards), list(specs)
-        self.size, self.retained, self.share_noise, self.share_steps, self.by_tag = (
-            size,
-            retained,
-            share_noise,
-            share_steps,
-            by_tag,
-        )
+        self.size, self.retained, self.by_tag = size, retained, by_tag
+        self.share_noise, self.share_steps = share_noise, share_steps
         self.preview, self.call = preview, call
         self.seconds: dict[str, float] = {}
+        self.computed: dict[str, list[int]] = {}  # by module: rows of the last batch, and how many of them were computed
 
     def __call__(self, samples: Sequence[Sample], steps: Sequence[Sequence[int]], retained: int | None = None) -> list[Group]:
         """steps: for each sample, the sampling steps of its turns, sorted; 0 is the turn before the first step, without a picture.
 
-        Raises RuntimeError when the policy failed on every turn, and whatever a reward raises.
+        Raises RuntimeError when the policy failed on every turn, or naming a reward that failed.
         """
         clock = time.perf_counter()
         kept = self.retained if retained is None else retained
@@ -111,10 +117,11 @@ class Rollout:
                        [_seed(samples[k].seed, "policy", p) for k, p in zip(of, place)])  # fmt: skip
         noise = [_seed(samples[k].seed, "noise", 0 if self.share_noise else p) for k, p in zip(of, place)]
         loop = attach(self.pipe)
-        with equal_rows_once(self.pipe) if self.share_steps else nullcontext():
+        once: Any = equal_rows_once(self.pipe) if self.share_steps else nullcontext({})
+        with _quiet(), once as self.computed:
             out = loop(
                 [samples[k].request for k in of], generator=[torch.Generator().manual_seed(s) for s in noise], refiner=turns,
-                refine_at=sorted(set().union(*map(set, steps))) or "none", preview=turns.decode, output_type="pil", **self.call,
+                refine_at=sorted(set().union(*turns.due)) or "none", preview=turns.decode, output_type="pil", **self.call,
             )  # fmt: skip
         self.seconds = {"rollout": time.perf_counter() - clock}
         for i, t in enumerate(out.trajectories):
@@ -123,9 +130,8 @@ class Rollout:
         groups = []
         for k, sample in enumerate(samples):
             part = slice(k * self.size, (k + 1) * self.size)
-            rows = [turns.rows[i] for i in range(part.start, part.start + refined)]
-            groups.append(Group(sample, out.trajectories[part], rows))
-        if refined and turns.asked and not any(row for group in groups for rows in group.rows for row in rows):
+            groups.append(Group(sample, out.trajectories[part], [list(rows.values()) for rows in turns.rows[part][:refined]]))
+        if any(turns.due) and not any(row for group in groups for rows in group.rows for row in rows):
             errors = [turn.error for t in out.trajectories for turn in t.failures]
             raise RuntimeError(f"the policy failed on every turn: {errors[0] if errors else 'it was never asked'}")
         clock = time.perf_counter()
@@ -134,63 +140,114 @@ class Rollout:
         return groups
 
     def _score(self, groups: Sequence[Group]) -> None:
-        flat = [(g, t) for g in groups for t in g.trajectories]
-        trajectories = [t for _, t in flat]
-        keys = dict.fromkeys(key for g in groups for key in g.sample.context)
-        context = {key: [g.sample.context.get(key) for g, _ in flat] for key in keys}
-        raw = score_all(
-            self.rewards, [t.image for t in trajectories], [t.request for t in trajectories], refined=[t.prompt for t in
-            trajectories], format_ok=[_share([turn.format_ok for turn in t.turns]) for t in trajectories],
-            trajectories=trajectories, **context,
-        )  # fmt: skip
-        total = tagged(raw, [str(g.sample.tag) for g, _ in flat]) if self.by_tag else weighted_sum(raw, self.specs)
-        for i, (group, t) in enumerate(flat):
-            t.scores = {name: values[i] for name, values in raw.items()}
+        shots = [
+            _Shot(k, group.sample, t.image, t, t.prompt, _share([turn.format_ok for turn in t.turns]))
+            for k, group in enumerate(groups)
+            for t in group.trajectories
+        ]
+        raw, total = self._values(shots)
+        for i, shot in enumerate(shots):
+            group = groups[shot.group]
+            shot.trajectory.scores = {name: values[i] for name, values in raw.items()}
             group.rewards.append(total[i])
             for name, values in raw.items():
                 group.raw.setdefault(name, []).append(values[i])
 
+    def looks(self, groups: Sequence[Group]) -> list[list[list[float | None]]]:
+        """The same rewards of what the policy saw: for each group, for each refined trajectory, for each of its turns that carry
+        loss. None where there was no picture."""
+        places, shots = [], []
+        found: list[list[list[float | None]]] = []
+        for k, group in enumerate(groups):
+            found.append([[None] * len(rows) for rows in group.rows])
+            for j, t in enumerate(group.trajectories[: len(group.rows)]):
+                for n, turn in enumerate([turn for turn in t.turns if turn.step > 0]):
+                    if turn.image is not None:
+                        places.append((k, j, n))
+                        shots.append(_Shot(k, group.sample, turn.image, t, turn.before, None))
+        for (k, j, n), value in zip(places, self._values(shots)[1] if shots else []):
+            found[k][j][n] = value
+        return found
+
+    def _values(self, shots: Sequence[_Shot]) -> tuple[dict[str, list[float | None]], list[float | None]]:
+        """Of each reward, and of all together."""
+        keys = dict.fromkeys(key for s in shots for key in s.sample.context)
+        context: dict[str, Any] = {key: [s.sample.context.get(key) for s in shots] for key in keys}
+        context |= {
+            "refined": [s.refined for s in shots],
+            "format_ok": [s.format_ok for s in shots],
+            "trajectories": [s.trajectory for s in shots],
+        }
+        images, requests = [s.image for s in shots], [s.trajectory.request for s in shots]
+        raw = {}
+        for name, reward in self.rewards.items():
+            try:
+                raw[name] = ask(reward, images, requests, name=name, **context)
+            except Exception as e:
+                raise RuntimeError(f"the reward {name!r} failed: {type(e).__name__}: {e}") from e
+        if self.by_tag:
+            return raw, tagged(raw, [str(s.sample.tag) for s in shots])
+        # What has no format, as the retained have none, gets the mean of its group: so that it neither gains nor loses by it.
+        whole = {name: filled(values, [s.group for s in shots]) for name, values in raw.items()}
+        applies = weighted_sum(raw, self.specs)
+        return raw, [None if a is None else t for a, t in zip(applies, weighted_sum(whole, self.specs))]
+
 
 class _Turns:
-    """The policy, asked at each step only for the samples whose turn it is; only their previews are decoded."""
+    """The policy, asked at each step only for the samples whose turn it is; only their previews are decoded. rows: for each
+    sample, by step, those of its turns that carry loss: those with a preview, or, where it has none, the one at the start.
+    (One forward pass takes rows with pictures or rows without, so a start before others is answered greedily, and not trained.)"""
 
     def __init__(self, rollout: Rollout, due: list[set[int]], seeds: list[int]) -> None:
         self.rollout, self.policy, self.due, self.seeds = rollout, rollout.refiner, due, seeds
-        self.rows: list[list[Row | None]] = [[] for _ in due]
-        self.asked = any(due)
-        every = set().union(*due)
-        # One forward pass takes rows with pictures or rows without: where turns look, the one that cannot is answered, not trained.
-        self.looking = self.policy.looks and every - {0} != set()
-        self._next: Iterator[int] = iter(sorted(every - {0}))
-
-    @property
-    def looks(self) -> bool:
-        return self.looking
+        self.rows: list[dict[int, Row | None]] = [{s: None for s in sorted(steps - {0} or steps)} for steps in due]
+        self._waiting = sorted(set().union(*due) - {0})
+        self.looks = self.policy.looks and bool(self._waiting)
+        self._shown = 0
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         step = views[0].step
-        mine = [i for i in range(len(views)) if step in self.due[i]]
+        self._waiting = [s for s in self._waiting if s > step]
+        if self.looks and step > 0 and step != self._shown:
+            raise RuntimeError(f"the preview is that of step {self._shown}, since an earlier one failed")
         answers = [Refinement()] * len(views)
-        if not mine:
-            return answers
-        trained = step > 0 or not self.looking
-        policy = self.policy if trained else _greedy(self.policy)
-        said = policy.refine([views[i] for i in mine], [_seed(self.seeds[i], step) for i in mine])
-        for i, answer in zip(mine, said, strict=True):
-            answers[i] = answer
-            if trained:
-                self.rows[i].append(_row(self.policy, views[i], answer))
+        mine = [i for i, due in enumerate(self.due) if step in due]
+        for trained, policy in ((True, self.policy), (False, _greedy(self.policy))):
+            part = [i for i in mine if (step in self.rows[i]) == trained]
+            seen = [replace(views[i], turns=tuple(t for t in views[i].turns if t.step in self.due[i])) for i in part]
+            said = policy.refine(seen, [_seed(self.seeds[i], step) for i in part]) if part else []
+            for i, view, answer in zip(part, seen, said, strict=True):
+                answers[i] = answer
+                if trained:
+                    self.rows[i][step] = _row(policy, view, answer)
         return answers
 
     def decode(self, pipe: Any, latents: Any) -> list[Any]:
-        step = next(self._next)
+        step = self._shown = self._waiting.pop(0)
         rows = [i for i, due in enumerate(self.due) if step in due]
         height, width = self.rollout.call.get("height"), self.rollout.call.get("width")
-        pictures = decode_preview(pipe, family_of(pipe), latents[rows], height, width, self.rollout.preview)
+        preview = self.rollout.preview
+        if callable(preview) and not isinstance(preview, torch.nn.Module):
+            pictures = preview(pipe, latents[rows])
+        else:
+            pictures = decode_preview(pipe, family_of(pipe), latents[rows], height, width, preview)
         found: list[Any] = [None] * len(self.due)
         for i, picture in zip(rows, pictures, strict=True):
             found[i] = picture
         return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Failed turns are data here, and are counted; nor need each request that is too long for a text encoder be printed."""
+    log = logging.getLogger("promptloop")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with quiet():
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _greedy(policy: MLLMRefiner) -> MLLMRefiner:

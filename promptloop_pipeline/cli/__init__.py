@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from . import artifact, demo, doctor, evaluate, generate, rewrite, score
+from . import artifact, demo, doctor, evaluate, generate, rewrite, score, train
 
 app = typer.Typer(
     name="promptloop", help="Step-wise prompt refinement for diffusion models.", no_args_is_help=True, add_completion=False,
@@ -19,6 +19,7 @@ app.command("rewrite")(rewrite.rewrite)
 app.command("score")(score.score)
 app.command("artifact")(artifact.artifact)
 app.command("eval")(evaluate.evaluate)
+app.command("train", context_settings=train.CONTEXT, add_help_option=False)(train.train)
 app.command("doctor")(doctor.doctor)
 
 

@@ -31,7 +31,7 @@ def promptloop(*args, cwd=None, **env):
 
 def test_help_lists_the_commands():
     out = CliRunner().invoke(cli.app, ["--help"]).output
-    for name in ("demo", "generate", "rewrite", "score", "artifact", "eval", "doctor"):
+    for name in ("demo", "generate", "rewrite", "score", "artifact", "eval", "train", "doctor"):
         assert name in out
 
 

@@ -1,0 +1,254 @@
+"""What a run leaves behind: its manifest, a log with a line for each step, and trajectories to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from promptloop_pipeline import __version__
+from promptloop_pipeline.evaluation.report import Arm, write_report
+from promptloop_pipeline.trajectory import save
+
+from .rollout import Group
+
+MANIFEST, LOG, SAMPLES, VERSION = "manifest.json", "log.jsonl", "samples", 1
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "diffusers")
+SHOWN = 4  # groups of a step that are kept
+UNSCORED = 5  # batches in a row
+FREE = frozenset(  # keys that may change when a run is taken up again, since no step depends on them
+    ("resume", "max_steps", "num_train_epochs", "watch_every", "watch_blind", "samples_every", "save_steps", "save_strategy",
+     "save_total_limit", "report_to", "run_name", "project", "disable_tqdm", "log_level", "push_to_hub", "hub_model_id", "hub_token",
+     "hub_private_repo", "hub_revision", "dataloader_num_workers", "reward_batch", "output_dir", "logging_first_step", "logging_dir")
+)  # fmt: skip
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------------
+
+
+def check_writable(output_dir: str) -> Path:
+    """Absolute; nothing is made yet. Raises OSError."""
+    folder = Path(output_dir).expanduser().resolve()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OSError(f"cannot write to the folder {folder}; choose another one with output_dir")
+    return folder
+
+
+def claim(folder: Path, manifest: dict[str, Any], resume: bool, checkpoint: str | None) -> None:
+    """Makes the folder this run's. A run that is there already is gone on with, if it is the same one and `resume`; one that never made
+    a step is replaced.
+
+    Raises ValueError naming what differs, OSError when it cannot be written.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        if folder.is_dir() and any(p.name[0] != "." for p in folder.iterdir()):
+            raise ValueError(f"the folder {folder} is not empty, and holds no run of PromptLoop; choose another output_dir")
+    elif checkpoint is not None or any(row["step"] for row in _lines(folder / LOG)):
+        old = _read_manifest(file)
+        if not resume:
+            raise ValueError(
+                f"the folder {folder} holds a run already; leave out `resume: false` to go on with it, or choose another output_dir"
+            )
+        _check_same(folder, old, manifest)
+        now = {k: manifest[k] for k in ("versions", "git", "command")}
+        manifest = old | {"config": manifest["config"]}
+        if now != {k: old[k] for k in now}:
+            again = now | {"from": checkpoint and Path(checkpoint).name}
+            manifest["resumed"] = [*old.get("resumed", []), again]
+    else:
+        shutil.rmtree(folder / SAMPLES, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, manifest)
+    except OSError as e:
+        raise OSError(f"cannot write to the folder {folder}: {e.strerror or e}; choose another one with output_dir") from e
+
+
+def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for part in ("config", "data", "files", "processes"):
+        a, b = (m[part] if isinstance(m[part], dict) else {part: m[part]} for m in (old, new))
+        for key in [*b, *(k for k in a if k not in b)]:
+            if a.get(key) != b.get(key) and not (part == "config" and key in FREE):
+                raise ValueError(
+                    f"the folder {folder} holds a run with other {part}: {key} is {_short(a.get(key))} there and "
+                    f"{_short(b.get(key))} now; nothing was changed. Repeat what it was started with to "
+                    "go on with it, or choose another output_dir"
+                )
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.60}"
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{file} is no JSON ({e}); choose another output_dir") from None
+    if not isinstance(found, dict) or found.get("version") != VERSION or "config" not in found:
+        raise ValueError(f"{file} was not written by this version of `promptloop train`; choose another output_dir")
+    return found
+
+
+def write_json(file: Path, content: Any) -> None:
+    """As a whole or not at all."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(file)
+
+
+def versions() -> dict[str, str]:
+    return {"promptloop": __version__, "python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}}
+
+
+def git_commit() -> str | None:
+    """Of the working copy that PromptLoop runs from, with "+" where it was changed since; None where it is none."""
+    home = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(home)]
+    try:
+        top, commit = (
+            subprocess.run([*git, "rev-parse", what], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            for what in ("--show-toplevel", "HEAD")
+        )
+        if Path(top).resolve() != home:  # installed somewhere inside somebody else's repository
+            return None
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed.strip() else "")
+
+
+# --- the log ------------------------------------------------------------------------------------------------------------
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Lines that are whole; one that was torn off in writing is left out."""
+    if not file.is_file():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in found if isinstance(row, dict) and "step" in row]
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log, in order."""
+    return _lines(folder / LOG)
+
+
+class Log(TrainerCallback):
+    """Every metric of every step, one JSON line each. What was logged after the checkpoint that a run goes on from is cut off, for
+    it will come again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / LOG
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            kept = [row for row in _lines(self.file) if row["step"] <= state.global_step and state.global_step]
+            unfinished = self.file.with_suffix(".tmp")
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            unfinished.replace(self.file)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            row = {"step": state.global_step} | {k: _json(v) for k, v in logs.items()}
+            with open(self.file, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+
+def _json(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- what there is to look at -------------------------------------------------------------------------------------------
+
+
+class Samples:
+    """Told of each batch of groups (`on_groups`): every `every` steps it keeps the trajectories of the first groups, which `load`
+    reads, and a page that shows them.
+
+    Raises RuntimeError when the last batches had no reward at all, as when a judge's server is gone.
+    """
+
+    def __init__(self, folder: Path, every: int, retained: int, *, iterations: int = 1, pixelated: bool = False) -> None:
+        self.folder, self.every, self.retained, self.iterations, self.pixelated = folder, every, retained, iterations, pixelated
+        self.unscored = 0
+
+    def __call__(self, step: int, groups: Sequence[Group]) -> None:
+        self.unscored = self.unscored + 1 if all(r is None for g in groups for r in g.rewards) else 0
+        if self.unscored == UNSCORED:
+            raise RuntimeError(f"no picture of the last {UNSCORED} steps had a reward; is a judge's server gone?")
+        if not self.every or step % self.every >= self.iterations:  # a batch may serve several steps
+            return
+        shown = groups[:SHOWN]
+        folder = self.folder / SAMPLES / f"step-{step:06d}"
+        unfinished = folder.with_name(f".{folder.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for group in shown:
+            for k, (t, total) in enumerate(zip(group.trajectories, group.rewards, strict=True)):
+                t.meta |= {"training_step": step, "trajectory": k, "reward": total}
+        save([t for group in shown for t in group.trajectories], unfinished)
+        write_report(
+            list(self._arms(shown)), unfinished / "index.html", title=f"Training step {step}", pixelated=self.pixelated,
+            intro=f"{len(shown)} of the {len(groups)} groups of this step; each shows one prompt, and what the policy made of it in "
+            "every trajectory.",
+        )  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after this step and has come here again
+        unfinished.replace(folder)
+
+    def _arms(self, groups: Sequence[Group]) -> Iterator[Arm]:
+        size = len(groups[0].trajectories)
+        for k in range(size):
+            own = k >= size - self.retained
+            note = "the user's own words, untouched" if own else ""
+            yield Arm(
+                f"retained {k + 1 - size + self.retained}" if own else f"trajectory {k + 1}",
+                note,
+                [g.trajectories[k] for g in groups],
+            )
+
+
+class Bar(TrainerCallback):
+    """One progress bar, with the rewards of the last step and of the last watch."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from tqdm import tqdm
+
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="train", disable=hidden)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        for key, value in (logs or {}).items():
+            name = key.removeprefix("reward/")
+            watched = key.startswith("watch/") and key.endswith("/mean")
+            if value is not None and (watched or key == "reward" or (name != key and "/" not in name)):
+                self.shown[key.removesuffix("/mean")] = f"{value:.3f}"
+        if self.bar is not None and self.shown:
+            self.bar.set_postfix(self.shown)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
