@@ -247,6 +247,7 @@ def sft(argv: Sequence[str], helped: bool = False) -> int:
     from trl import ModelConfig, SFTConfig
 
     from .arguments import help_text, read
+    from .grpo import last_checkpoint
     from .plan import fit_machine
     from .sft import SFTLoopConfig
     from .sft import train as run
@@ -257,10 +258,17 @@ def sft(argv: Sequence[str], helped: bool = False) -> int:
             {"TRL's own (SFTConfig), by name and default": SFTConfig, "transformers' own (TrainingArguments)": TrainingArguments},
         ))  # fmt: skip
         return 0
-    given = read(argv, (SFTLoopConfig, ModelConfig))
+    given = read(argv, (SFTLoopConfig, ModelConfig), {"model_name_or_path": "the policy is named by `refiner`"})
     fit_machine(given.values)
     config = SFTLoopConfig(**given.of(SFTLoopConfig))
-    result = run(config, ModelConfig(**given.of(ModelConfig)))
+    try:
+        result = run(config, ModelConfig(**given.of(ModelConfig)))
+    except KeyboardInterrupt:
+        last = last_checkpoint(str(config.output_dir))
+        print(
+            f"stopped; {f'the last whole checkpoint is {last}, and ' if last else ''}the same command goes on", file=sys.stderr
+        )
+        return 130
     if config.process_index == 0:
         print(f"trained: {result}")
     return 0

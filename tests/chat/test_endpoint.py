@@ -480,6 +480,14 @@ def test_a_stop_gets_through_at_once(behaviour, headers):
 
 @pytest.mark.parametrize(("behaviour", "headers"), [("silent", {}), ("429", {"Retry-After": "20"})])
 def test_keyboard_interrupt_gets_through_at_once(behaviour, headers):
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of a parallel test run ignore it
+    try:
+        interrupted(behaviour, headers)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def interrupted(behaviour, headers):
     with Server(behaviour, headers=headers) as server:
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()

@@ -340,7 +340,7 @@ def test_win_rates_are_the_order():
         assert len(server.requests) == asked_so_far  # all was asked up front
     cow, nothing = prompts.index("a cow"), values.index(None)
     assert judged[cow].details == {"error": "there is nobody to compare with"}
-    assert judged[nothing].details == {"skipped": "there is no picture"}
+    assert judged[nothing].details == {"error": "there is no picture"}
     best = max((k for k in order if prompts[k] == "a cat"), key=lambda k: values[k])
     assert judged[best].details == {"beats": {str(k): 1.0 for k in range(9) if prompts[k] == "a cat" and k != best}}
 

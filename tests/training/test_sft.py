@@ -353,8 +353,8 @@ def test_eight_answers_are_learnt_and_said(tmp_path, taught, chats, name, lora):
         template.write_text("Source: here\n[user without image]\n{request} {step}\n")
     options = {"use_peft": True, "lora_target_modules": ["all-linear"], "lora_r": 32, "lora_dropout": 0.0} if lora else {}
     made = config(
-        tmp_path / "out", refiner=folder, template=str(template), trajectories=[str(taught)], max_steps=200 if lora else 100,
-        learning_rate=1e-2, eval_share=0.0,
+        tmp_path / "out", refiner=folder, template=str(template), trajectories=[str(taught)], learning_rate=1e-2,
+        max_steps=200 if lora else 100,
     )  # fmt: skip
     out = train(made, ModelConfig(**options))
     refiner = MLLMRefiner.from_pretrained(out, template, device="cpu", max_new_tokens=30)
