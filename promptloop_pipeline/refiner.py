@@ -73,6 +73,25 @@ class Refiner(Protocol):
     def refine(self, views: Sequence[View]) -> list[Refinement]: ...
 
 
+class Around:
+    """For a refiner that stands around another one: it looks if that one does, and a host stops that one through it."""
+
+    def __init__(self, refiner: Refiner) -> None:
+        self.refiner = refiner
+
+    @property
+    def looks(self) -> bool:
+        return getattr(self.refiner, "looks", True)
+
+    @property
+    def on_token(self) -> Callable[[], None] | None:
+        return getattr(self.refiner, "on_token", None)
+
+    @on_token.setter
+    def on_token(self, function: Callable[[], None] | None) -> None:
+        self.refiner.on_token = function  # type: ignore[attr-defined]
+
+
 def check_answers(answers: object, expected: int, refiner: Refiner) -> None:
     """A refiner that breaks its contract is a bug, not a failure of the run: it always raises."""
     name = type(refiner).__name__

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..refiner import Refinement, Refiner, View
+from ..refiner import Around, Refinement, Refiner, View
 from ..refiners.scripted import NoOpRefiner
 from ..rewards.images import load_image
 from ..session import check_refiner
@@ -43,12 +43,9 @@ class ArmSpec:
         return range(first, first + n)
 
 
-class GreyRefiner:
+class GreyRefiner(Around):
     """Another refiner, shown a flat grey picture wherever there is one: what is left of it without eyes. The previews are made
     and recorded all the same."""
-
-    def __init__(self, refiner: Refiner) -> None:
-        self.refiner, self.looks = refiner, getattr(refiner, "looks", True)
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         # earlier turns hold pictures too
@@ -62,36 +59,22 @@ def _grey(seen: Any) -> Any:
     return seen if seen.image is None else replace(seen, image=Image.new("RGB", seen.image.size, GREY))
 
 
-class UnseeingRefiner:
+class UnseeingRefiner(Around):
     """Another refiner at the same turns, given no picture at all: rewriting again and again without looking."""
 
     looks = False
-
-    def __init__(self, refiner: Refiner) -> None:
-        self.refiner = refiner
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         return self.refiner.refine([replace(v, image=None) for v in views])
 
 
-class _Metered:
+class _Metered(Around):
     """A refiner whose looks are laps of a meter: what memory each needed."""
 
     def __init__(self, refiner: Refiner, meter: Meter) -> None:
-        self.refiner, self.meter = refiner, meter
+        super().__init__(refiner)
+        self.meter = meter
         self.peaks: list[dict[str, int]] = []  # of each look of the batch: its step, and bytes by device
-
-    @property
-    def looks(self) -> bool:
-        return getattr(self.refiner, "looks", True)
-
-    @property
-    def on_token(self) -> Callable[[], None] | None:
-        return getattr(self.refiner, "on_token", None)
-
-    @on_token.setter
-    def on_token(self, function: Callable[[], None] | None) -> None:
-        self.refiner.on_token = function  # type: ignore[attr-defined]
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         self.meter.lap()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..refiner import Refinement, Refiner, View
+from ..refiner import Around, Refinement, Refiner, View
 from ..reward import Judgement
 from ..tiny.language import parse, system_caption, with_clear
 from ..tiny.refiners import OracleRefiner, RotationRefiner, SingleShotRefiner, single_shot
@@ -29,14 +29,15 @@ LATE = "start, " + ", ".join(f"{p}%" for p in range(40, 80, 5))
 EARLY = "start, " + ", ".join(f"{p}%" for p in range(10, 60, 5))
 
 
-class BlindRefiner:
+class BlindRefiner(Around):
     """Another refiner's own caption at the start, then its free cells forbidden in turn without looking: the best of the
     rotations that `headroom` tried. A caption that gives no full layout is kept as it is."""
 
     looks = False
 
     def __init__(self, refiner: Refiner) -> None:
-        self.refiner, self.rotation = refiner, RotationRefiner("spread", from_start=False)
+        super().__init__(refiner)
+        self.rotation = RotationRefiner("spread", from_start=False)
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         return self.refiner.refine(views) if views[0].step == 0 else [self._next(v) for v in views]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from ..refiner import Refinement, Refiner, View
+from ..refiner import Around, Refinement, Refiner, View
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: no spaces between words
 _LETTER = rf"[^\W{_UNSPACED}]"  # of a word that ends where the letters end
 
 
-class GuardedRefiner:
+class GuardedRefiner(Around):
     """refiner: any.
 
     prefix: keep the user's own words in front and let the refiner only add to them (PRIP's remedy for drift, ACL 2024).
@@ -31,20 +31,8 @@ class GuardedRefiner:
             raise ValueError(f"must_keep has the empty term {empty[0]!r}; leave it out")
         if max_change is not None and not 0 <= max_change <= 1:
             raise ValueError(f"max_change is {max_change}; use a share from 0 (nothing may change) to 1 (everything may)")
-        self.refiner, self.prefix, self.must_keep, self.max_change = refiner, prefix, tuple(must_keep), max_change
-
-    @property
-    def looks(self) -> bool:
-        return getattr(self.refiner, "looks", True)
-
-    @property
-    def on_token(self) -> Callable[[], None] | None:
-        """The guarded refiner's own, by which a host stops it."""
-        return getattr(self.refiner, "on_token", None)
-
-    @on_token.setter
-    def on_token(self, function: Callable[[], None] | None) -> None:
-        self.refiner.on_token = function  # type: ignore[attr-defined]
+        super().__init__(refiner)
+        self.prefix, self.must_keep, self.max_change = prefix, tuple(must_keep), max_change
 
     def refine(self, views: Sequence[View]) -> list[Refinement]:
         answers = self.refiner.refine(views)

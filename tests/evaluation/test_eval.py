@@ -530,3 +530,15 @@ def test_intervals_are_over_samples_not_turns():
     single = statistics.share([1, 0] * 20, [1] * 40)
     assert (alike["low"], alike["high"]) == (single["low"], single["high"]) and alike["of"] == 400
     assert 0.3 < alike["low"] < 0.4 and 0.6 < alike["high"] < 0.7
+
+
+@pytest.mark.parametrize("around", [arms.GreyRefiner, arms.UnseeingRefiner, shapes.BlindRefiner])
+def test_a_host_stops_the_refiner_within(around):
+    class Thinking(NoOpRefiner):
+        on_token = None
+
+    inner = Thinking()
+    outer = around(inner)
+    outer.on_token = print
+    assert inner.on_token is print is outer.on_token
+    assert outer.looks == (around is arms.GreyRefiner and inner.looks)
