@@ -155,6 +155,7 @@ def train(it: Plan, trainer: Any, checkpoint: str | None) -> int:
     from transformers import PrinterCallback, ProgressCallback
 
     from .grpo import TrainingError, last_checkpoint
+    from .policy import leave_together
     from .record import Bar, Log
     from .watch import Watch
 
@@ -170,6 +171,7 @@ def train(it: Plan, trainer: Any, checkpoint: str | None) -> int:
         trainer.train(resume_from_checkpoint=checkpoint)
         bar.close()
         _finish(it, trainer)
+        leave_together()
     except BaseException as e:
         bar.close()
         last = last_checkpoint(it.folder)

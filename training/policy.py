@@ -105,3 +105,13 @@ def _told(template: Path, tokens: int) -> str:
     head, bracket, rest = template.read_text(encoding="utf-8-sig").partition("\n[")
     lines = [line for line in head.splitlines() if line.partition(":")[0].strip() not in OPTIONS]
     return "\n".join([*lines, f"max_new_tokens: {tokens}"]) + bracket + rest
+
+
+def leave_together() -> None:
+    """At the end of a run on several processes: all wait for the last, and close what connects them. A process that exits while its
+    neighbour still talks to it is aborted by gloo's threads."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

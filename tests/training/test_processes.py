@@ -24,6 +24,7 @@ def told(group):
 def work(folder, prompts):
     """Trains two steps; writes what this process had."""
     from accelerate.utils import broadcast
+    from promptloop_training.policy import leave_together
 
     from tests.training.test_grpo import build
 
@@ -42,6 +43,7 @@ def work(folder, prompts):
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     if rank == 0:
         torch.save(weights, Path(folder, "weights.pt"))
+    leave_together()
 
 
 @pytest.mark.slow
