@@ -65,6 +65,8 @@ class _Quiet(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     owner: Server
 
+    at_work = False
+
     def do_GET(self) -> None:
         s = self.owner
         s.calls.append(("GET", self.path, dict(self.headers)))
@@ -81,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
             s.calls.append(("POST", self.path, dict(self.headers)))
             s.requests.append(body)
             s.times.append(time.monotonic())
-            s.now += 1
+            s.now, self.at_work = s.now + 1, True
             s.most = max(s.most, s.now)
             behaviour = s.behaviours.pop(0) if len(s.behaviours) > 1 else s.behaviours[0]
         try:
@@ -96,8 +98,13 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             s.hung_up += 1
         finally:
-            with s.lock:
-                s.now -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Counts this request out: before its answer goes, since whoever has it may send the next one at once."""
+        with self.owner.lock:
+            self.owner.now -= self.at_work
+            self.at_work = False
 
     def behave(self, behaviour: str, body: dict[str, Any]) -> None:
         if behaviour.isdecimal() and behaviour not in BEHAVIOURS:
@@ -121,6 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.raw(body if isinstance(body, bytes) else json.dumps(body).encode(), code, headers)
 
     def raw(self, data: bytes, code: int = 200, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        self.leave()
         self.send_response(code)
         for name, value in ({"Content-Length": str(len(data) if length is None else length)} | (headers or {})).items():
             self.send_header(name.replace("_", "-"), value)
