@@ -1,6 +1,7 @@
 """Rebuilds the embedded refiner, a vision-language model that rewrites and repairs prompts of the shapes world, from nothing:
 
     python -m promptloop_training.tiny_refiner --out build/refiner
+    python -m promptloop_training.tiny_refiner --out build/warm-up --unsure 0.7    # what reinforcement learning starts from
 
 Stages, each checkpointed and resumed by running the same command again:
 1. data     real x0-previews of the embedded generator, with prompts in force that are right, wrong and late
@@ -261,8 +262,9 @@ def collate(lessons: Sequence[Lesson], vocabulary: dict[str, int]) -> tuple[dict
 
 
 def train_all(
-    name: str, model: Any, ema: Any, processor: Any, previews: Previews, watched: Previews, out: Path, steps: int, every: int
-) -> None:
+    name: str, model: Any, ema: Any, processor: Any, previews: Previews, watched: Previews, out: Path, steps: int, every: int,
+    unsure: float = 0.0,
+) -> None:  # fmt: skip
     """Stage "sft", then "widen", which goes on with the averaged weights at half the rate and brings the invented words."""
     wider = name == "widen"
     mixture = glossary.WIDER if wider else glossary.MIXTURE
@@ -271,7 +273,7 @@ def train_all(
     stage = Stage(name, out, params, steps, 1e-3 if wider else 2e-3, 0.3, {"model": model, "ema": ema})
     for g in stage:
         rng = random.Random(int(torch.randint(2**31, (1,), generator=g)))
-        inputs, weight = collate(glossary.draw(rng, previews, mixture, wider), vocabulary)
+        inputs, weight = collate(glossary.draw(rng, previews, mixture, wider, unsure), vocabulary)
         model.train()
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none")
@@ -324,6 +326,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vision-steps", type=int, default=600)
     parser.add_argument("--sft-steps", type=int, default=3000)
     parser.add_argument("--widen-steps", type=int, default=1200)
+    parser.add_argument(
+        "--unsure", type=float, default=0.0, help="share of looks that the teacher answers without looking: a warm-up for GRPO"
+    )
     parser.add_argument("--watch-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -336,9 +341,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(processor.tokenizer)} words", flush=True)
     train_vision(model, previews, args.out, args.vision_steps)
     ema = copy.deepcopy(model).requires_grad_(False)
-    train_all("sft", model, ema, processor, previews, watched, args.out, args.sft_steps, args.watch_every)
+    train_all("sft", model, ema, processor, previews, watched, args.out, args.sft_steps, args.watch_every, args.unsure)
     model.load_state_dict(ema.state_dict())
-    train_all("widen", model, ema, processor, previews, watched, args.out, args.widen_steps, args.watch_every)
+    train_all("widen", model, ema, processor, previews, watched, args.out, args.widen_steps, args.watch_every, args.unsure)
     save(ema, processor, args.out / "refiner")
 
 

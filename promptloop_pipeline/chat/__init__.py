@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -69,3 +69,18 @@ class ChatModel(Protocol):
     sees: bool
 
     def generate(self, conversations: Sequence[Conversation], sampling: Sampling) -> list[Completion]: ...
+
+
+class Talks:
+    """For what asks a chat model, `self.chat`: a host stops that through it."""
+
+    chat: ChatModel
+
+    @property
+    def on_token(self) -> Callable[[], None] | None:
+        """Called after each token (or often, while a server works). What it raises stops the model at once and gets through."""
+        return getattr(self.chat, "on_token", None)
+
+    @on_token.setter
+    def on_token(self, function: Callable[[], None] | None) -> None:
+        self.chat.on_token = function  # type: ignore[attr-defined]

@@ -144,7 +144,16 @@ class TransformersChat:
             found.append(Completion(text, tuple(ids), logprobs, length))
         return found
 
-    def _inputs(self, conversations: list[Conversation]) -> Any:
+    def _inputs(self, conversations: list[Conversation]) -> dict[str, Tensor]:
+        """What the model is fed, on its device; pictures in its dtype."""
+        moved = self._encoded(conversations).to(self.model.device)
+        return {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
+
+    def _encoded(self, conversations: list[Conversation]) -> Any:
+        """As the tokenizer or processor gives it, padded on the left. Conversations of one kind only.
+
+        Raises ValueError for messages where there is no chat template.
+        """
         if isinstance(conversations[0], str):
             inputs = self.tokenizer([self._plain(str(c)) for c in conversations], return_tensors="pt", padding=True)
         else:
@@ -160,9 +169,9 @@ class TransformersChat:
                 if type(e).__name__ != "TemplateError" or messages[0][0]["role"] != "system":
                     raise
                 inputs = self._templated([_without_system(m) for m in messages])  # some templates know no system message
-        inputs.pop("token_type_ids", None) if "token_type_ids" in inputs and not self.sees else None
-        moved = inputs.to(self.model.device)
-        return {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
+        if not self.sees:
+            inputs.pop("token_type_ids", None)
+        return inputs
 
     def _templated(self, messages: list[list[dict[str, Any]]]) -> Any:
         apply = self.processor.apply_chat_template

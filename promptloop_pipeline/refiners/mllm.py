@@ -6,12 +6,12 @@ rewriter (PromptRL) are this one class with different templates; local weights o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat import NEED_SIGHT, OPTIONS, ChatModel, Completion, Conversation, Sampling
+from ..chat import NEED_SIGHT, OPTIONS, ChatModel, Completion, Conversation, Sampling, Talks
 from ..refiner import Refinement, View
 from .parsing import parse_answer
 from .template import Template, load_template
@@ -23,7 +23,7 @@ MAX_PIXELS = 448 * 448
 _SAMPLING = frozenset(OPTIONS)
 
 
-class MLLMRefiner:
+class MLLMRefiner(Talks):
     """chat: the model, local (`TransformersChat`) or behind an endpoint (`EndpointChat`); see `from_pretrained`, `from_endpoint`.
 
     template: the name of one of `refiners/templates/`, or the path of one's own. The default, "repair", is for models that were not
@@ -72,15 +72,6 @@ class MLLMRefiner:
     @property
     def looks(self) -> bool:
         return self.template.looks
-
-    @property
-    def on_token(self) -> Callable[[], None] | None:
-        """Called after each token (or often, while a server works). What it raises stops the model at once and gets through."""
-        return getattr(self.chat, "on_token", None)
-
-    @on_token.setter
-    def on_token(self, function: Callable[[], None] | None) -> None:
-        self.chat.on_token = function  # type: ignore[attr-defined]
 
     def refine(self, views: Sequence[View], seeds: Sequence[int] | None = None) -> list[Refinement]:
         """seeds: of the noise of each answer, one for each view, where it is not to depend on the rest of the batch."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..chat import ChatModel, Completion, Message, Sampling
+from ..chat import ChatModel, Completion, Message, Sampling, Talks
 from ..chat.text import clean, split_reasoning
 from ..reward import Judgement
 from .images import as_rgb
@@ -116,7 +116,7 @@ def open_chat(
     return TransformersChat.from_pretrained(model, dtype=dtype, device=device, batch_size=batch_size, pictures=True, **options)
 
 
-class Asking:
+class Asking(Talks):
     """What these rewards share. templates: what each has to hold, as "image request", by its name or path.
 
     max_pixels: a larger picture is scaled down to this many, width times height. options: fields of `chat.Sampling` (max_new_tokens,
@@ -137,15 +137,6 @@ class Asking:
         self.chat = open_chat(name, model, **options)
         if not self.chat.sees:
             raise ValueError(f"the reward {name} shows pictures, and {self.chat!r} takes text only; use one that sees")
-
-    @property
-    def on_token(self) -> Callable[[], None] | None:
-        """Called after each token (or often, while a server works). What it raises stops the model at once and gets through."""
-        return getattr(self.chat, "on_token", None)
-
-    @on_token.setter
-    def on_token(self, function: Callable[[], None] | None) -> None:
-        self.chat.on_token = function  # type: ignore[attr-defined]
 
     def judge(self, images: Sequence[Any], prompts: Sequence[str], **context: Any) -> list[Judgement]:
         raise NotImplementedError

@@ -294,8 +294,13 @@ def lesson_read(previews: Previews, rng: random.Random) -> Lesson:
     return Lesson("sticker", f"<think> {seen or 'nothing'} </think>", previews.images[i])
 
 
-def lesson_repair(previews: Previews, rng: random.Random, invent: bool = False, split: str = "train") -> Lesson:
-    """A preview, half of the time one that wants a change; the request in other words, at times another clause in force."""
+def lesson_repair(
+    previews: Previews, rng: random.Random, invent: bool = False, split: str = "train", unsure: float = 0.0
+) -> Lesson:
+    """A preview, half of the time one that wants a change; the request in other words, at times another clause in force.
+
+    unsure: the share of lessons that are answered without a look at the picture, most of them with "nothing to change". They make
+    a policy that knows every answer and trusts none, which is where reinforcement learning begins well."""
     changes = rng.random() < 0.5
     i = rng.choice(previews.wanting[changes] or previews.wanting[not changes])
     prompt, amounts = previews.prompts[i], previews.amounts[i]
@@ -304,6 +309,8 @@ def lesson_repair(previews: Previews, rng: random.Random, invent: bool = False, 
         best = to_forbid(request, with_clear(prompt, ()), amounts)
         prompt = with_clear(prompt, rng.choice([(), best, some_cells(prompt, rng)]))
     cells = to_forbid(request, prompt, amounts)
+    if unsure and rng.random() < unsure:
+        cells = () if rng.random() < 0.7 else some_cells(prompt, rng)
     if invent and rng.random() < 0.6:
         request = renamed(request, rng)
     said = repair(request, prompt, cells)
@@ -316,10 +323,10 @@ MIXTURE = {"request": 14, "dictionary": 8, "last": 6, "repair": 32, "read": 4}  
 WIDER = {"request": 18, "dictionary": 12, "last": 4, "repair": 30}  # the same with invented words
 
 
-def draw(rng: random.Random, previews: Previews, mixture: dict[str, int], invent: bool) -> list[Lesson]:
+def draw(rng: random.Random, previews: Previews, mixture: dict[str, int], invent: bool, unsure: float = 0.0) -> list[Lesson]:
     kinds = {
         "request": lambda: lesson_request(rng, invent), "dictionary": lambda: lesson_dictionary(rng, invent),
-        "last": lambda: lesson_last(previews, rng, invent), "repair": lambda: lesson_repair(previews, rng, invent),
+        "last": lambda: lesson_last(previews, rng, invent), "repair": lambda: lesson_repair(previews, rng, invent, unsure=unsure),
         "read": lambda: lesson_read(previews, rng),
     }  # fmt: skip
     return [kinds[kind]() for kind, count in mixture.items() for _ in range(count)]

@@ -24,13 +24,21 @@ class Maker:
         return common | EXTRA.get(self.name, {}) | {"generator": generators if len(generators) > 1 else generators[0]} | changes
 
 
+_MADE: dict[str, Maker] = {}
+
+
+def made(name: str) -> Maker:
+    """The one that all tests share, made when it is first asked for; a test leaves it as it was."""
+    if name not in _MADE:
+        _MADE[name] = Maker(name)
+    return _MADE[name]
+
+
 @pytest.fixture(scope="session")
 def makers():
-    return {}
+    return _MADE
 
 
 @pytest.fixture(params=FAMILIES)
-def host(request, makers):
-    if request.param not in makers:
-        makers[request.param] = Maker(request.param)
-    return makers[request.param]
+def host(request):
+    return made(request.param)

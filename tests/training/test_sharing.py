@@ -9,21 +9,14 @@ from diffusers import EulerAncestralDiscreteScheduler
 from peft import LoraConfig
 from promptloop_training.sharing import MODULES, equal_rows_once
 
-from tests.pipelines.conftest import Maker
+from tests.pipelines.conftest import Maker, made
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 
 
-@pytest.fixture(scope="module")
-def makers():
-    return {}
-
-
 @pytest.fixture(params=FAMILIES)
-def host(request, makers):
-    if request.param not in makers:
-        makers[request.param] = Maker(request.param)
-    return makers[request.param]
+def host(request):
+    return made(request.param)
 
 
 def denoiser(host):
