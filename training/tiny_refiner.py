@@ -20,6 +20,7 @@ import argparse
 import copy
 import json
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -312,6 +313,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
     half = copy.deepcopy(model).to(torch.float16)
     half.save_pretrained(folder)
     processor.save_pretrained(folder)
+    shutil.copyfile(Path(glossary.__file__).parent / "refiner.txt", folder / "template.txt")  # what it is told
     config = folder / "config.json"  # on disk in half precision, to be loaded in single
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     print(f"saved {folder}", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 NEED_SIGHT = 'use a vision-language model, or a template for text such as "reprompt"'
@@ -34,6 +35,9 @@ class Sampling:
         return self.seed * 1_000_033 + row if self.seeds is None else self.seeds[row]
 
     def __post_init__(self) -> None:
+        for name, kind in OPTIONS.items():
+            if not isinstance(value := getattr(self, name), Integral if kind is int else Real):
+                raise ValueError(f"{name} is {value!r}; use a {'whole ' if kind is int else ''}number")
         for name, ok, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),

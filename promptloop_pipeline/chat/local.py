@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from . import NEED_SIGHT, Completion, Conversation, Sampling
 
 QUANTIZATION = ("4bit", "8bit")
+TICK = 0.1  # seconds between two polls of `on_token` while somebody else is answered
 _WHERE: tuple[str, ...] = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 
 
@@ -45,6 +48,7 @@ class TransformersChat:
         self, model: Any, processor: Any, *, logprobs: bool = False, batch_size: int | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
+        _check_size(batch_size)
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.sees = getattr(processor, "image_processor", None) is not None
@@ -71,6 +75,11 @@ class TransformersChat:
         Raises OSError for what is not there, ValueError for what cannot be used, ImportError saying what to install.
         """
         name, device = _known(name), device or _best_device()
+        _check_size(batch_size)
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; use a torch dtype or its name, such as bfloat16, float16 or float32")
+        if device != "auto" and quantization is None and "device_map" not in options:
+            _check_device(device)
         if adapter is None and Path(name, "adapter_config.json").is_file():
             adapter, name = name, _base_of(name)
         where = {k: v for k, v in options.items() if k in _WHERE}
@@ -100,7 +109,7 @@ class TransformersChat:
         kinds: dict[Any, list[int]] = {}
         for k, conversation in enumerate(conversations):
             kinds.setdefault(_kind(conversation), []).append(k)
-        with self._lock:
+        with self._alone():
             for rows in kinds.values():
                 size = self.batch_size or len(rows)
                 for part in (rows[i : i + size] for i in range(0, len(rows), size)):
@@ -108,6 +117,17 @@ class TransformersChat:
                     for k, answer in zip(part, answers, strict=True):
                         done[k] = answer
         return [answer for answer in done if answer is not None]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for its turn; a stop gets through meanwhile."""
+        while not self._lock.acquire(timeout=TICK):
+            if self.on_token is not None:
+                self.on_token()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     @torch.no_grad()
     def _generate(self, conversations: list[Conversation], sampling: Sampling, rows: Sequence[int]) -> list[Completion]:
@@ -118,13 +138,14 @@ class TransformersChat:
             return [self._generate([c], sampling, [row])[0] for c, row in zip(conversations, rows, strict=True)]
         if room < 1:
             return [Completion(error=f"there is no room for an answer: {start} tokens, and {self!r} holds {self._context()}")]
-        draw = _Draw(sampling, rows)
+        draw, ends = _Draw(sampling, rows), self._ends()
         greedy = {
             "do_sample": False,
             "temperature": None,
             "top_p": None,
             "top_k": None,
             "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": sorted(ends) or None,
         }
         if sampling.num_beams > 1:
             greedy |= {"num_beams": sampling.num_beams, "length_penalty": sampling.length_penalty}
@@ -134,11 +155,18 @@ class TransformersChat:
         output = self.model.generate(
             **inputs, **greedy, max_new_tokens=budget, max_length=None, stopping_criteria=[_OnToken(self)]
         )
-        ends = self._ends()
         found = []
         for k, ids in enumerate(output[:, start:].tolist()):
             length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
             ids = ids[:length]
+            if length == budget < sampling.max_new_tokens and ids[-1] not in ends and inputs["attention_mask"][k].sum() < start:
+                found += self._generate([conversations[k]], sampling, [rows[k]])  # a longer one had taken its room
+                continue
+            if any(math.isnan(step[k]) for step in draw.logprobs[:length]):
+                found.append(
+                    Completion(error=f"{self!r} computes NaN in {self.model.dtype}; bfloat16 and float32 hold larger numbers")
+                )
+                continue
             logprobs = tuple(step[k] for step in draw.logprobs[:length]) if self.logprobs and sampling.num_beams == 1 else None
             text = self.tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=True)
             found.append(Completion(text, tuple(ids), logprobs, length))
@@ -201,7 +229,7 @@ class TransformersChat:
         special = {str(t) for t in self.tokenizer.all_special_tokens}
         special |= {str(t) for t in (getattr(self.processor, n, None) for n in ("image_token", "video_token")) if t}
         special |= {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        found = True
+        text, found = text.encode("utf-8", "replace").decode(), True  # halves of characters are nothing that a tokenizer takes
         while found:  # what is left must not form another one
             found = False
             for token in special:
@@ -296,6 +324,20 @@ def _known(name: str | Path) -> str:
 
 def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch's own, for what it does not know and for what is not there
+        raise ValueError(
+            f'device is {device!r}; use "auto", or one that is there, as {_best_device()!r} ({_first_line(e)})'
+        ) from e
+
+
+def _check_size(batch_size: int | None) -> None:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size!r}; use a whole number, 1 or more, or None for all at once")
 
 
 def _base_of(adapter: str) -> str:

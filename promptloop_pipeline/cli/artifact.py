@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .score import DTYPES
+from .named import DTYPES
+from .output import checked_folder, print_table, quiet_libraries, write_json
 
 REPORT = "report.json"
 CLIP = "openai/clip-vit-large-patch14"
@@ -35,10 +35,7 @@ def artifact(
     for what, folder in (("good", good), ("bad", bad)):
         if not folder.expanduser().is_dir():
             raise NotADirectoryError(f"there is no folder {folder} of {what} pictures")
-    folder = out.expanduser().resolve()
-    _check_writable(folder)
-    from .output import print_table, quiet_libraries
-
+    folder = checked_folder(out, "--out")
     quiet_libraries()
     from ..rewards.artifact import check_target, fit
 
@@ -47,7 +44,7 @@ def artifact(
     place = None if clip.lower() == "none" else clip
     guard = fit(good, bad, clip=place, device=device, dtype=dtype, batch_size=batch)
     guard.save(folder)
-    _write(folder / REPORT, guard.report)
+    write_json(folder / REPORT, guard.report)
     if as_json:
         print(json.dumps({"folder": str(folder), **guard.report}, indent=1))
         return
@@ -77,13 +74,6 @@ def _interval(figure: dict[str, float]) -> str:
     return f"[{_shown(figure, 'low')}, {_shown(figure, 'high')}]"
 
 
-def _check_writable(folder: Path) -> None:
-    """Nothing is made yet. Raises OSError."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OSError(f"cannot write to the folder {folder}; choose another one with --out")
-
-
 def _check_report(file: Path) -> None:
     """Raises FileExistsError for a file of that name that this command did not write."""
     if not file.exists():
@@ -94,10 +84,3 @@ def _check_report(file: Path) -> None:
         ours = False
     if not ours:
         raise FileExistsError(f"{file} is there and was not written by this command; choose another folder with --out")
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """As a whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 from functools import partial
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..schedule import RefinementSchedule
-from .named import DTYPES, PARTS
+from .named import DTYPES, PARTS, is_server, is_told, own_template
+from .output import checked_folder, quiet_libraries, write_json
 from .tables import print_comparison, print_results, shown
 from .tables import report as write
 
@@ -57,10 +57,22 @@ def evaluate(
         str | None,
         typer.Option(help='The refiner under test: "tiny" (embedded), a folder or hub id, a server\'s URL, "module:object".'),
     ] = None,
-    template: Annotated[str | None, typer.Option(help="What a language model is told; see `promptloop generate`.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="What a language model is told; see `promptloop generate`. Default: the template.txt in its folder, else repair."
+        ),
+    ] = None,
     server_model: Annotated[str | None, typer.Option(help="The refiner's name on its server, where that has several.")] = None,
     refine_at: Annotated[
         str | None, typer.Option(help="When the arms with the refiner in the loop look. Default: 20%, 50%, 80%; shapes: often.")
+    ] = None,
+    versus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=REFINER or NAME=REFINER@SCHEDULE, repeatable: one more arm, with another refiner at the schedule of loop, or at "
+            "its own. A template.txt in its folder goes before --template. A folder whose name has an @ is to end in a slash."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
@@ -100,27 +112,35 @@ def evaluate(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
     call: dict[str, Any] = {"num_inference_steps": steps, **_size(size)}
-    folder = _checked_folder(report)
-    from .output import quiet_libraries
-
+    folder = checked_folder(report, "--report")
     quiet_libraries()
     from ..evaluation.evaluate import Samples
     from ..rewards.combine import parse_rewards
     from .named import check_model, load_model, load_named_reward, load_refiner, reward_options, where_to_run
+    from .versus import parse_versus, versus_arm
 
     the_benchmark = _benchmark(benchmark, n, objects, split)
     chosen = _chosen(arms, the_benchmark)
     refine_at = str(RefinementSchedule.parse(refine_at or the_benchmark.refine_at))
-    for spec in chosen:
-        RefinementSchedule.parse(spec.refine_at or refine_at).steps(steps)
+    others = parse_versus(versus or [], [a.name for a in the_benchmark.arms])
+    for at in (*(a.refine_at for a in chosen), *(at for _, at in others.values())):
+        RefinementSchedule.parse(at or refine_at).steps(steps)
+    made_of = {name: _made_of(name, place, at or refine_at, template, server_model) for name, (place, at) in others.items()}
+    for name, (place, at) in others.items():
+        load = partial(load_refiner, *(made_of[name][k] for k in ("refiner", "template", "server_model")))
+        chosen.append(versus_arm(name, place, at, load))
     model = _named(_needed("--model", model, the_benchmark.model, the_benchmark, "a folder or hub id of a diffusers pipeline"))
     check_model(model)
     device, dtype = where_to_run(model, device, dtype)
     if any(a.needs_refiner for a in chosen):
         what = "a model's folder or hub id, a server's URL, or \"module:object\", or only arms without one, such as raw"
         refiner = _named(_needed("--refiner", refiner, the_benchmark.refiner, the_benchmark, what))
-        if re.match(r"https?://", refiner) and server_model is None:
+        if is_server(refiner) and server_model is None:
             raise ValueError(f"--refiner {refiner}: give --server-model too, so that the record says which model it was")
+        if others and not is_told(refiner):
+            template = server_model = None  # they are for the others
+    own_words = own_template(refiner or "")
+    template = own_words if template is None or _named(template) == own_words else template
     rewards = _needed("--reward", reward, the_benchmark.rewards, the_benchmark, "such as image-reward, pickscore:0")
     specs = parse_rewards(rewards)
     if "win-rate" in (s.name for s in specs):
@@ -140,6 +160,7 @@ def evaluate(
     }  # fmt: skip
     manifest = {
         "version": VERSION, "settings": settings, "versions": _versions(), "files": _files(the_benchmark, model, refiner, template),
+        "versus": made_of,
     }  # fmt: skip
     manifest = _checked_manifest(folder, manifest)
     told = _hash(json.dumps(the_benchmark.context, sort_keys=True, default=str).encode())
@@ -157,8 +178,9 @@ def evaluate(
             refine_at=refine_at, batch=batch, reward_batch=reward_batch, begin=partial(_begin, folder, manifest), progress=bars.next,
             **call,
         )  # fmt: skip
-    results, page = write(the_benchmark, chosen, samples, specs, found, manifest | {"rewards": judged_by}, folder)
-    _write_json(folder / RESULTS, results)
+    manifest |= {"versus": made_of, "rewards": judged_by}
+    results, page = write(the_benchmark, chosen, samples, specs, found, manifest, folder)
+    write_json(folder / RESULTS, results)
     if as_json:
         print(json.dumps({k: v for k, v in results.items() if k not in SAMPLES} | {"report": str(page)}, indent=1))
         return
@@ -167,7 +189,7 @@ def evaluate(
 
 def _begin(folder: Path, manifest: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 class _Bars:
@@ -217,6 +239,20 @@ def _needed(option: str, given: str | None, default: str | None, benchmark: Benc
     raise ValueError(f"the benchmark {benchmark.name} has no {option[2:]} of its own; give {option}, {what}")
 
 
+def _made_of(arm: str, place: str, refine_at: str, template: str | None, server_model: str | None) -> dict[str, Any]:
+    """What an arm of --versus is made of, its refiner checked as far as that needs no loading."""
+    from .versus import check_refiner
+
+    refiner = _named(place)
+    if is_server(refiner) and server_model is None:
+        raise ValueError(f"--versus {arm}={place}: give --server-model too, so that the record says which model it was")
+    template = (own_template(refiner) or template) if is_told(refiner) else None
+    server_model = server_model if is_server(refiner) else None
+    check_refiner(refiner, template, server_model)
+    settings = {"refiner": refiner, "template": template, "server_model": server_model, "refine_at": refine_at}
+    return settings | _refiner_files(refiner, template)
+
+
 def _size(text: str | None) -> dict[str, int]:
     if text is None:
         return {}
@@ -238,15 +274,6 @@ def _chosen(arms: str | None, benchmark: Benchmark) -> list[ArmSpec]:
     return [known[name] for name in names]
 
 
-def _checked_folder(report: Path) -> Path:
-    """Absolute; nothing is made yet."""
-    folder = report.expanduser().resolve()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OSError(f"cannot write to the folder {folder}; choose another one with --report")
-    return folder
-
-
 def _versions() -> dict[str, str]:
     from .. import __version__
 
@@ -262,18 +289,25 @@ def _named(place: str) -> str:
 def _files(benchmark: Benchmark, model: str, refiner: str | None, template: str | None) -> dict[str, str]:
     """Check sums of what pictures are made of, so that retrained weights, an edited refiner or other prompts are not taken for the old
     ones."""
-    from ..dotted import file_of
     from ..tiny import WEIGHTS
 
     sources = sorted(set(benchmark.context.get("source", ())))
     found = {"requests": _hash(json.dumps([benchmark.requests, benchmark.context.get("source")]).encode())}
-    places = {"embedded weights": WEIGHTS, "model files": Path(model), "template file": Path(template or "").expanduser()}
+    found |= _check_sums({"embedded weights": WEIGHTS, "model files": Path(model)}) | _refiner_files(refiner, template)
+    return found | ({"source pictures": _hash("".join(_check_sum(Path(s)) for s in sources).encode())} if sources else {})
+
+
+def _refiner_files(refiner: str | None, template: str | None) -> dict[str, str]:
+    from ..dotted import file_of
+
+    places = {"template file": Path(template or "").expanduser()}
     if refiner and not re.match(r"https?://", refiner):
         places["refiner files"] = (file_of(refiner) if ":" in refiner else None) or Path(refiner)
-    found |= {
-        what: _check_sum(path) for what, path in places.items() if path.exists() and path != Path() and str(path) != "tiny"
-    }
-    return found | ({"source pictures": _hash("".join(_check_sum(Path(s)) for s in sources).encode())} if sources else {})
+    return _check_sums(places)
+
+
+def _check_sums(places: dict[str, Path]) -> dict[str, str]:
+    return {what: _check_sum(path) for what, path in places.items() if path.exists() and path != Path() and str(path) != "tiny"}
 
 
 def _sources(name: str, options: dict[str, str]) -> dict[str, str]:
@@ -307,7 +341,7 @@ def _check_sum(path: Path) -> str:
 
 def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What the folder is to hold: arms and rewards may be added to an evaluation, and a refiner where none has been used; all else has
-    to be as it was."""
+    to be as it was. An arm of --versus that is not asked for now stays in it."""
     file = folder / MANIFEST
     if not file.is_file():
         if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
@@ -319,11 +353,14 @@ def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             f"the folder {folder} holds an evaluation of an older version of PromptLoop; choose another one with --report"
         )
     unused = [m for m in (old, manifest) if m["settings"]["refiner"] is None]
-    for part, keys in (("settings", OF_REFINER), ("files", ("refiner files", "template file"))) if len(unused) == 1 else ():
+    for part, keys in (("settings", OF_REFINER), ("files", ("refiner files", "template file"))) if unused else ():
         theirs = manifest if unused[0] is old else old
+        unused[0][part] = {k: v for k, v in unused[0][part].items() if k not in keys}
         unused[0][part] |= {k: theirs[part][k] for k in keys if k in theirs[part]}
-    for part, wanted in manifest.items():
-        before = old.get(part)
+    others = {arm: of for arm, of in old.get("versus", {}).items() if (folder / arm).is_dir()}  # of which there are pictures
+    parts = [(part, old.get(part), wanted) for part, wanted in manifest.items() if part != "versus"]
+    parts += [(f"settings of {arm}", others[arm], wanted) for arm, wanted in manifest["versus"].items() if arm in others]
+    for part, before, wanted in parts:
         if before == wanted:
             continue
         a, b = (p if isinstance(p, dict) else {part: p} for p in (before, wanted))
@@ -333,7 +370,7 @@ def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             f"{shown(b.get(key))} now; nothing was changed. Repeat what it was made with to go on with it, or choose another folder "
             "with --report"
         )
-    return manifest
+    return manifest | {"versus": others | manifest["versus"]}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -344,13 +381,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("version"), int) or found["version"] > VERSION:
         raise ValueError(f"{file} was not written by this version of `promptloop eval`")
     return found
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    """As a whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(file)
 
 
 def _results(path: Path) -> tuple[Path, dict[str, Any]]:

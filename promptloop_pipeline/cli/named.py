@@ -15,6 +15,10 @@ from ..rewards.combine import NAMED, RewardSpec, check_name, load_reward
 DTYPES = ("float32", "float16", "bfloat16")
 PARTS = ("tokenizer", "clip", "server_model", "template", "version")
 
+NO_MODEL = ("tiny", "oracle", "none")  # what is told nothing
+SERVER = re.compile(r"https?://|[\w.-]+:\d+(/\S*)?$")
+OBJECT = re.compile(r"[\w.]+:[\w.]+")
+TEMPLATE = "template.txt"  # beside the weights of a model that `promptloop train` kept
 ALLOWED = (
     '"tiny" (embedded), "oracle" (reads its verifier), "none", a folder or hub id, the URL of a server, or "module:object"'
 )
@@ -23,10 +27,11 @@ ALLOWED = (
 def load_refiner(name: str, template: str | Path | None = None, model: str | None = None, **options: Any) -> Any:
     """name: "tiny", "oracle", "none", a folder or hub id, http(s)://..., a prompt schedule FILE.json, or "module:object" of one's own.
 
-    template: for language models; default: "repair". model: the model's name on a server. options: of `MLLMRefiner`.
+    template: for language models; default: the one beside the weights, else "repair". model: the model's name on a server. options: of
+    `MLLMRefiner`.
     Raises ValueError, OSError or ImportError with one clear line.
     """
-    if name in ("none", "tiny", "oracle") or name.endswith(".json"):
+    if name in NO_MODEL or name.endswith(".json"):
         _refuse(name, template=template, server_model=model)
     if name == "none":
         from ..refiners.scripted import NoOpRefiner
@@ -41,11 +46,11 @@ def load_refiner(name: str, template: str | Path | None = None, model: str | Non
         from ..replay import load_schedule
 
         return ScheduleRefiner(load_schedule(name))
-    if re.match(r"https?://", name) or re.fullmatch(r"[\w.-]+:\d+(/\S*)?", name):
+    if is_server(name):
         from ..refiners.mllm import MLLMRefiner
 
         return MLLMRefiner.from_endpoint(name, model, template or "repair", **options)
-    if re.fullmatch(r"[\w.]+:[\w.]+", name) and not Path(name).exists():
+    if OBJECT.fullmatch(name) and not Path(name).exists():
         _refuse(name, template=template, server_model=model)
         found = load_object(name, "refiner")
         return found() if isinstance(found, type) else found
@@ -53,7 +58,23 @@ def load_refiner(name: str, template: str | Path | None = None, model: str | Non
         raise ValueError(f"unknown refiner {name!r}; use {ALLOWED}")
     from ..refiners.mllm import MLLMRefiner
 
-    return MLLMRefiner.from_pretrained(name, template or "repair", **options)
+    return MLLMRefiner.from_pretrained(name, template or own_template(name) or "repair", **options)
+
+
+def own_template(refiner: str) -> str | None:
+    """The file of the template that a model was trained with, where its folder holds it."""
+    file = Path(refiner).expanduser() / TEMPLATE
+    return str(file.resolve()) if refiner and is_told(refiner) and file.is_file() else None
+
+
+def is_server(refiner: str) -> bool:
+    return bool(SERVER.match(refiner))
+
+
+def is_told(refiner: str) -> bool:
+    """Whether it is a language model, which is told something by a template."""
+    scripted = refiner in NO_MODEL or refiner.endswith(".json") or (OBJECT.fullmatch(refiner) and not Path(refiner).exists())
+    return is_server(refiner) or not scripted
 
 
 def _refuse(name: str, **given: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def quiet_libraries() -> None:
@@ -42,6 +44,22 @@ def fresh_folder(wanted: Path) -> Path:
     except OSError as e:
         raise OSError(f"cannot write to the folder {folder}: {e.strerror or e}; choose another one with --out") from e
     return folder
+
+
+def checked_folder(wanted: Path, option: str) -> Path:
+    """Absolute; nothing is made yet. Raises OSError, naming the folder and the option, where it could not be written."""
+    folder = wanted.expanduser().resolve()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OSError(f"cannot write to the folder {folder}; choose another one with {option}")
+    return folder
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """As a whole or not at all."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(file)
 
 
 def print_table(rows: Sequence[dict[str, str]]) -> None:

@@ -156,11 +156,12 @@ def render(
 
     Batches have the same bounds whatever is there already: a picture may differ in its last bit with the size of its batch.
     """
-    the_refiner = arm.make(refiner)
+    the_refiner = None
     for first in range(0, len(requests), batch):
         todo = [i for i in range(first, min(first + batch, len(requests))) if i not in done]
         if not todo:
             continue
+        the_refiner = arm.make(refiner) if the_refiner is None else the_refiner
         clock = time.perf_counter()
         starts = None if sources is None else [load_image(sources[i]) for i in todo]
         with Meter() as meter:

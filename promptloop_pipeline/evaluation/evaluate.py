@@ -70,10 +70,10 @@ def evaluate(
     """Every sample of every arm, with its scores and without its pictures, in order.
 
     folder: one evaluation; other requests or seeds in it are refused. by: by what each reward judges, any text: what was scored
-    by another is scored anew. model, refiner, rewards: how to load them; only what is needed is loaded, the generator is gone
-    before the first reward comes, and each reward before the next. begin: called before anything is written, when what renders
-    is loaded. progress: (what, how many there are, how many are done) -> what to call with each further number. options: of the
-    pipeline's call.
+    by another is scored anew. model, refiner, rewards: how to load them; only what is needed is loaded, the refiner is gone
+    before an arm that needs none (it may load one of its own), the generator before the first reward comes, and each reward before
+    the next. begin: called before anything is written, when generator and refiner are loaded. progress: (what, how many there are,
+    how many are done) -> what to call with each further number. options: of the pipeline's call.
     """
     arms = with_rivals(chosen, benchmark.arms)
     done = {a.name: take_up(folder / a.name, samples.requests, a.seeds(samples.seed, len(samples))) for a in arms}
@@ -82,7 +82,10 @@ def evaluate(
     the_refiner = refiner() if any(a.needs_refiner for a in missing) else None
     pipe = model() if unread else None
     begin()
-    for arm in unread:
+    for arm in sorted(unread, key=lambda a: not a.needs_refiner):
+        if not arm.needs_refiner:
+            the_refiner = None
+            _free()  # of the arm before, too
         render(
             pipe, arm, the_refiner, refine_at, samples.requests, arm.seeds(samples.seed, len(samples)), done[arm.name],
             folder / arm.name, batch=batch, sources=samples.context.get("source"),

@@ -97,4 +97,5 @@ def _made_with(results: dict[str, Any]) -> dict[str, Any]:
         + "".join(f", {k} {v}" for k, v in sorted(results.get("rewards", {}).get(s["name"], {}).items()))
         for s in results.get("weights", [])
     }  # fmt: skip
-    return {**results["settings"], **results.get("files", {}), **results.get("versions", {}), **rewards}
+    versus = {f"{arm}, {k}": v for arm, of in results.get("versus", {}).items() for k, v in of.items()}
+    return {**results["settings"], **results.get("files", {}), **results.get("versions", {}), **rewards, **versus}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from ..refiner import Around, Refinement, Refiner, View
+from ..session import check_refiner
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: no spaces between words
 _LETTER = rf"[^\W{_UNSPACED}]"  # of a word that ends where the letters end
@@ -31,6 +32,7 @@ class GuardedRefiner(Around):
             raise ValueError(f"must_keep has the empty term {empty[0]!r}; leave it out")
         if max_change is not None and not 0 <= max_change <= 1:
             raise ValueError(f"max_change is {max_change}; use a share from 0 (nothing may change) to 1 (everything may)")
+        check_refiner(refiner)
         super().__init__(refiner)
         self.prefix, self.must_keep, self.max_change = prefix, tuple(must_keep), max_change
 

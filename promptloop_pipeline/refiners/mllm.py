@@ -39,6 +39,12 @@ class MLLMRefiner(Talks):
     def __init__(
         self, chat: ChatModel, template: str | Path | Template = "repair", *, max_pixels: int = MAX_PIXELS, **sampling: Any
     ) -> None:
+        if not hasattr(chat, "generate") or not hasattr(chat, "sees"):
+            what = repr(chat) if isinstance(chat, (str, Path)) else type(chat).__name__
+            raise TypeError(
+                f"chat is {what}, no ChatModel; for a name or a folder use MLLMRefiner.from_pretrained, for an address "
+                "MLLMRefiner.from_endpoint, for a loaded model TransformersChat(model, processor)"
+            )
         self.chat, self.template, self.max_pixels = chat, load_template(template), max_pixels
         self.sampling = _checked(self.template, max_pixels, **sampling)
         if self.template.shows and not chat.sees:
@@ -67,6 +73,8 @@ class MLLMRefiner(Talks):
 
         own, rest = _split(options)
         own = {"num_beams": 1} | own  # servers have no beam search
+        if own["num_beams"] != 1:
+            raise ValueError(f"num_beams is {own['num_beams']!r}; a server has no beam search, use num_beams=1")
         return cls(EndpointChat(url, model, **rest), load_template(template), **own)
 
     @property

@@ -25,6 +25,7 @@ _LABEL = re.compile(
 )
 _KEPT = re.compile(r"\W*keep(?:\W+(?:the|this|it|as|is|in|use|same|current|original|prompt|unchanged))*\W*", re.I)
 _KEPT_BECAUSE = re.compile(r"\W*KEEP\W{0,5}?(?:[.,:;!(\n\u2013\u2014]|\s-\s)")  # and then it says why
+_CUT = re.compile(r"<\s{0,9}/?\s{0,9}(?:a|an|ans|answ|answe|answer)?\s{0,9}\Z", re.I)  # of a closing tag, by the token budget
 _QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u201e": "\u201c", "\u2018": "\u2019"}
 _QUOTES |= {"\u00ab": "\u00bb", "\u300c": "\u300d", "\u300e": "\u300f"}
 
@@ -73,7 +74,7 @@ def _last_answer(text: str) -> tuple[str, str | None, bool]:
     if found is not None:
         return text[:first], found, True
     if opened is not None:
-        return text[:first], text[opened.end() :], False
+        return text[:first], _CUT.sub("", text[opened.end() :]), False
     return "", None, False
 
 

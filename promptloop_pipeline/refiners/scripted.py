@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 
 from ..refiner import Refinement, View
 
@@ -18,12 +19,18 @@ class NoOpRefiner:
 
 class ScheduleRefiner:
     """A blind schedule: `{step: prompt}`, the same for every sample, or a list of such, one for each sample of the batch; steps that
-    are not named keep the prompt. With a run's `prompt_schedule` it makes that run again."""
+    are not named keep the prompt. With a run's `prompt_schedule` it makes that run again.
+
+    Raises TypeError for a step that is no whole number, as JSON has them.
+    """
 
     looks = False
 
     def __init__(self, prompts: Mapping[int, str] | Sequence[Mapping[int, str]]) -> None:
         self.prompts = dict(prompts) if isinstance(prompts, Mapping) else [dict(p) for p in prompts]
+        for step in (step for each in ([self.prompts] if isinstance(self.prompts, dict) else self.prompts) for step in each):
+            if not isinstance(step, Integral):
+                raise TypeError(f"ScheduleRefiner has the step {step!r}; use whole numbers, as in {{6: 'a red cube'}}")
 
     @property
     def refine_at(self) -> str:

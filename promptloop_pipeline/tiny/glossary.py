@@ -299,7 +299,7 @@ def lesson_repair(
 ) -> Lesson:
     """A preview, half of the time one that wants a change; the request in other words, at times another clause in force.
 
-    unsure: the share of lessons that are answered without a look at the picture, most of them with "nothing to change". They make
+    unsure: the share of lessons that are answered without a look at the picture, nine in ten with "nothing to change". They make
     a policy that knows every answer and trusts none, which is where reinforcement learning begins well."""
     changes = rng.random() < 0.5
     i = rng.choice(previews.wanting[changes] or previews.wanting[not changes])
@@ -310,7 +310,7 @@ def lesson_repair(
         prompt = with_clear(prompt, rng.choice([(), best, some_cells(prompt, rng)]))
     cells = to_forbid(request, prompt, amounts)
     if unsure and rng.random() < unsure:
-        cells = () if rng.random() < 0.7 else some_cells(prompt, rng)
+        cells = some_cells(prompt, rng) if rng.random() < 0.1 else ()
     if invent and rng.random() < 0.6:
         request = renamed(request, rng)
     said = repair(request, prompt, cells)

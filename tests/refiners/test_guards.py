@@ -251,3 +251,9 @@ def test_a_term_that_the_encoders_would_cut_off_is_put_in_front():
     assert a.prompt == f"three, {long}" and any("put in front" in n for n in a.notes)
     (a,) = GuardedRefiner(FunctionRefiner(lambda v: "one two three four"), must_keep=["three"]).refine([cut])
     assert a.prompt == "one two three four" and not a.notes
+
+
+def test_around_what_is_no_refiner():
+    for what, name in (("repair", "str"), (FunctionRefiner, "the class FunctionRefiner"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"^{name} is no refiner: give an object with a method refine"):
+            GuardedRefiner(what)

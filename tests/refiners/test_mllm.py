@@ -3,6 +3,8 @@
 import functools
 import json
 import random
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -344,6 +346,24 @@ def test_the_end_token_ends_the_answer(chat, monkeypatch):
     assert c.tokenizer.decode([end]) not in c.generate([talk(CAT)], Sampling(12, 1.0, seed=2))[0].text[4:]
 
 
+def test_the_tokenizers_own_end_ends_the_work_too(chat, monkeypatch):
+    """Where the model's configuration names another one: what follows would be cut off, and is not computed."""
+    c = chat("qwen2")
+    (whole,) = c.generate([talk(CAT)], Sampling(40, 1.0, seed=2))
+    end = whole.token_ids[4]
+    assert end not in whole.token_ids[:4] and c.tokenizer.eos_token_id not in whole.token_ids
+    monkeypatch.setattr(c.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(c, "_ends", lambda: {end})
+    forwards = []
+    handle = c.model.register_forward_hook(lambda *_: forwards.append(1))
+    try:
+        (answer,) = c.generate([talk(CAT)], Sampling(40, 1.0, seed=2))
+    finally:
+        handle.remove()
+    assert (answer.token_ids, answer.logprobs) == (whole.token_ids[:5], whole.logprobs[:5])
+    assert len(forwards) == 5
+
+
 class Stop(Exception):
     pass
 
@@ -376,6 +396,32 @@ def test_on_token_stops_within_one_token(error, beams, chat, host):
     assert steps == [0, 1]
     calls[:] = [1, 1, 1]
     assert refiner.refine([View(CAT, CAT, 1, 2, 0.5, RED)])[0].tokens  # it can be used again
+
+
+def test_a_stop_gets_through_while_another_thread_is_answered(chat):
+    c, at_work, enough = chat("qwen2"), threading.Event(), threading.Event()
+    main = threading.get_ident()
+
+    def on_token():
+        if threading.get_ident() == main:
+            raise Stop("enough")
+        at_work.set()
+        enough.wait(30)
+
+    c.on_token = on_token
+    other = threading.Thread(target=c.generate, args=([talk(CAT)], Sampling(2)))
+    other.start()
+    try:
+        assert at_work.wait(30)
+        start = time.monotonic()
+        with pytest.raises(Stop, match="enough"):
+            c.generate([talk(DOG)], Sampling(2))
+        assert time.monotonic() - start < 10
+    finally:
+        enough.set()
+        other.join()
+    c.on_token = None
+    assert c.generate([talk(DOG)], Sampling(2))[0].tokens  # the other one's turn was not ended by it
 
 
 def test_what_on_token_raises_is_a_failure_where_nobody_cancels(chat, host):
@@ -440,6 +486,16 @@ def test_words_cannot_forge_a_turn_or_a_picture(model, chat):
     assert len(fed(CAT, CAT)) >= 3
 
 
+def test_half_a_character_spoils_nobodys_answer(chat):
+    """As from a line of JSON that was cut: no tokenizer takes it."""
+    for model in ("idefics3", "qwen2"):
+        refiner = MLLMRefiner(chat(model), "plain", max_new_tokens=4)
+        views = [View(f"a {c} cat", "", 0, 1) for c in ("\ud83d", "?", "\U0001f63a")]
+        half, as_good, whole = refiner.refine(views)
+        assert half.token_ids == as_good.token_ids and half.tokens == 4
+        assert whole.token_ids == refiner.refine(views[2:])[0].token_ids and whole.error == refiner.refine(views[2:])[0].error
+
+
 def test_words_cannot_end_a_continued_text(chat):
     c = chat("gpt2")
     refiner = MLLMRefiner(c, "promptist", max_new_tokens=2)
@@ -460,6 +516,25 @@ def test_a_text_that_is_too_long_for_the_model_is_an_error_of_its_own(chat):
     session.observe(0, None, None)
     errors = [t.turns[0].error for t in session.trajectories]
     assert "there is no room" in errors[1] and "no room" not in str(errors[0])
+
+
+def test_a_long_neighbour_takes_no_room_from_the_others(chat):
+    c = chat("gpt2")  # which has 512 positions
+    asked, sampling = ["x" * 505, CAT, DOG], Sampling(12, 1.0, seed=4)
+    batch = c.generate(asked, sampling)
+    assert [a.tokens for a in batch] == [7, 12, 12]
+    c.batch_size = 1
+    assert [a.token_ids for a in batch] == [a.token_ids for a in c.generate(asked, sampling)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_numbers_that_break_down_are_no_answer(temperature, saved):
+    """As in a model that was made for bfloat16 and is run in float16: else the first word that it knows, again and again."""
+    c = TransformersChat.from_pretrained(saved("qwen2"), device="cpu", logprobs=True)
+    torch.nn.init.constant_(c.model.get_input_embeddings().weight[c.tokenizer("q")["input_ids"][0]].detach(), torch.nan)
+    good, bad = c.generate([talk(CAT), talk("q")], Sampling(4, temperature))
+    assert good.tokens == 4 and good.error is None and np.isfinite(good.logprobs).all()
+    assert bad == Completion(error=f"{c!r} computes NaN in torch.float32; bfloat16 and float32 hold larger numbers")
 
 
 def test_a_chat_template_that_takes_no_system_message(saved):
@@ -589,6 +664,44 @@ def test_mistakes_show_before_anything_is_loaded(tmp_path):
         MLLMRefiner.from_pretrained(missing, "promptist", temperature=1.0)
     with pytest.raises(ValueError, match="max_pixels is 0; use 1 or more"):
         MLLMRefiner.from_pretrained(missing, max_pixels=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "use"),
+    [
+        ("device", "gpu", "\"auto\", or one that is there, as '"), ("device", "cuda:99", "\"auto\", or one that is there, as '"),
+        ("dtype", "fp16", "a torch dtype or its name, such as bfloat16"), ("dtype", "nn", "a torch dtype or its name"),
+        ("batch_size", 0, "a whole number, 1 or more, or None for all at once"), ("batch_size", -1, "a whole number, 1 or more"),
+        ("batch_size", "8", "a whole number, 1 or more"), ("max_new_tokens", 12.5, "a whole number"), ("seed", None, "a whole number"),
+        ("max_new_tokens", "12", "a whole number"), ("temperature", "0.7", "a number"), ("top_p", None, "a number"),
+        ("num_beams", 2.0, "a whole number"), ("length_penalty", "1", "a number"),
+    ],
+)  # fmt: skip
+def test_options_are_told_before_the_model_is_looked_for(option, value, use):
+    with pytest.raises(ValueError, match=f"^{option} is {value!r}; use {use}") as found:
+        MLLMRefiner.from_pretrained("nobody-here/nothing", **{option: value})
+    one_line(found)
+
+
+def test_numbers_of_numpy_are_numbers():
+    sampling = MLLMRefiner(Says(), seed=np.int64(3), temperature=np.float32(0.5), max_new_tokens=np.int32(4)).sampling
+    assert (sampling.seed, sampling.temperature, sampling.max_new_tokens) == (3, 0.5, 4)
+
+
+def test_a_server_has_no_beam_search():
+    for template in ("promptist", "plain"):
+        with pytest.raises(ValueError, match="^num_beams is 4; a server has no beam search, use num_beams=1$"):
+            MLLMRefiner.from_endpoint("localhost:1", template=template, num_beams=4)
+        assert MLLMRefiner.from_endpoint("localhost:1", template=template).sampling.num_beams == 1
+
+
+def test_what_is_no_chat_model(chat):
+    for given in ("Qwen/Qwen3-VL-4B-Instruct", chat("qwen2").model, None):
+        with pytest.raises(TypeError, match="^chat is .*, no ChatModel; for a name or a folder use .*from_pretrained") as found:
+            MLLMRefiner(given)
+        one_line(found)
+    with pytest.raises(ValueError, match="^batch_size is 0; use a whole number"):
+        TransformersChat(chat("qwen2").model, chat("qwen2").processor, batch_size=0)
 
 
 def test_bad_options(chat):

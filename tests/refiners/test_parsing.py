@@ -105,6 +105,14 @@ def test_cases(name):
     assert parse_answer(text) == expected
 
 
+def test_a_closing_tag_that_is_cut_off_is_none_of_the_prompt():
+    for tag in ("</answer>", "</ANSWER >", "< / answer >"):
+        for length in range(len(tag)):
+            assert parse_answer(f"<answer>a cat{tag[:length]}") == Parsed("a cat", "", False)
+    assert parse_answer("<answer>a cat, 3 < 4").prompt == "a cat, 3 < 4"
+    assert parse_answer("<answer>a cat with <an</answer>").prompt == "a cat with <an"  # that one was not cut off
+
+
 KEPT = (
     "KEEP", "keep", " Keep. ", "**KEEP**", "[KEEP]", '"KEEP"', "`KEEP`", "```\nKEEP\n```", "KEEP!", "keep the prompt", "keep it as is",
     "Keep the current prompt unchanged.", "keep the prompt in use", "KEEP. Nothing is missing.", "KEEP (it is all there)",
