@@ -77,6 +77,10 @@ class PromptLoopConfig(GRPOConfig):
     skip_flat_groups: bool = field(
         default=True, metadata={"help": "Groups whose rewards are all equal take no part in the loss."}
     )
+    rollout_batch: int | None = field(
+        default=None,
+        metadata={"help": "Trajectories that denoise together, at most, where memory is short; default: all of a batch."},
+    )
     # rewards
     rewards: str = field(default="verifier", metadata={"help": "NAME[:WEIGHT][<=CAP], ...; weight 0: logged, not trained on."})
     reward_models: list[str] = field(
@@ -135,9 +139,10 @@ class PromptLoopConfig(GRPOConfig):
             ("samples_every", 0),
             ("watch_prompts", 1),
             ("reward_batch", 1),
+            ("rollout_batch", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}; use {least} or more")
         if not 0 <= self.retained <= self.group_size - 2:
             raise ValueError(f"retained is {self.retained} of a group of {self.group_size}; use 0 to {self.group_size - 2}")
         if self.fewest_turns is not None and (self.refine_at is not None or not 1 <= self.fewest_turns <= self.turns):

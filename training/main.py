@@ -3,7 +3,7 @@
 accelerate launch -m promptloop_training.main grpo --config recipe.yaml --learning_rate 1e-5
 
 Whatever can be wrong is found before any model is loaded. A run that was stopped, by whatever, goes on with the same command from its
-last whole checkpoint.
+last whole checkpoint; while it is at work, the same command is refused.
 """
 
 from __future__ import annotations
@@ -71,17 +71,23 @@ def grpo(argv: Sequence[str], helped: bool = False) -> int:
         print(_help_grpo())
         return 0
     from .plan import plan
+    from .record import alone
 
     it = plan(argv)
-    checkpoint = claim_folder(it)
-    if (done := _done(it)) is not None:
-        print(f"this run is done: {done}")
-        if it.push and it.config.process_index == 0:
-            _push(it, done)
-        return 0
-    if it.train.left_out and it.config.process_index == 0:
-        print(f"rewards are not told of {', '.join(it.train.left_out)}: the trainer has another use for columns of such names")
-    return train(it, load(it), checkpoint)
+    main = it.config.process_index == 0
+    with alone(it.folder, main):
+        checkpoint, status = claim_folder(it), 0
+        if (done := _done(it)) is not None:
+            print(f"this run is done: {done}")
+        else:
+            if it.train.left_out and main:
+                print(
+                    f"rewards are not told of {', '.join(it.train.left_out)}: the trainer has another use for columns of such names"
+                )
+            status = train(it, load(it), checkpoint)
+        if it.push and main and not status:  # after the other processes have left, who would not wait so long
+            _push(it)
+    return status
 
 
 def claim_folder(it: Plan) -> str | None:
@@ -134,8 +140,8 @@ def load(it: Plan) -> Any:
         max_new_tokens=config.max_completion_length, num_beams=1,
     )  # fmt: skip
     rollout = Rollout(
-        pipe, policy, rewards, config.specs, size=config.group_size, retained=config.retained, share_noise=config.share_noise,
-        by_tag=config.by_tag, **config.call,
+        pipe, policy, rewards, config.specs, size=config.group_size, retained=config.retained, batch=config.rollout_batch,
+        share_noise=config.share_noise, by_tag=config.by_tag, **config.call,
     )  # fmt: skip
     samples = Samples(
         it.folder, config.samples_every if config.process_index == 0 else 0, config.retained, iterations=config.num_iterations,
@@ -156,12 +162,13 @@ def train(it: Plan, trainer: Any, checkpoint: str | None) -> int:
 
     from .grpo import TrainingError, last_checkpoint
     from .policy import leave_together
-    from .record import Bar, Log
+    from .record import Bar, Log, same_logs
     from .watch import Watch
 
     trainer.create_model_card = lambda *args, **kwargs: None  # ours is better, and comes at the end
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    same_logs(trainer, it.folder, checkpoint)
     bar = Bar()
     for callback in (Log(it.folder), bar):
         trainer.add_callback(callback)
@@ -202,24 +209,29 @@ def _finish(it: Plan, trainer: Any) -> None:
         kept = json.loads(best.read_text(encoding="utf-8"))["step"] if best.is_file() else None
         adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
         files["README.md"] = model_card(manifest, read_log(it.folder), step, it.config.even_steps(), kept, adapter)
-    keep(trainer, final, it.template_file, files)
+    keep(trainer, final, it.template_file, trainer.rollout.refiner.sampling.max_new_tokens, files)
     if trainer.accelerator.is_main_process:
         print(f"trained {step} steps: {final}")
-        if it.push:
-            _push(it, final)
     if hasattr(trainer, "end"):
         trainer.end()
 
 
-def _push(it: Plan, final: Path) -> None:
+def _push(it: Plan) -> None:
+    """Raises RuntimeError that says what to do when the hub does not take it, for whatever reason."""
     from huggingface_hub import HfApi
 
-    config = it.config
-    api = HfApi(token=config.hub_token)
-    api.create_repo(config.hub_model_id, private=config.hub_private_repo, exist_ok=True)
-    message = "A refiner trained with PromptLoop"
-    api.upload_folder(repo_id=config.hub_model_id, folder_path=final, revision=config.hub_revision, commit_message=message)
-    print(f"pushed to {config.hub_model_id}")
+    final, name, branch = it.folder / FINAL, str(it.config.hub_model_id), it.config.hub_revision
+    api = HfApi(token=it.token)
+    try:
+        api.create_repo(name, private=it.config.hub_private_repo, exist_ok=True)
+        if branch:
+            api.create_branch(name, branch=branch, exist_ok=True)
+        message = "A refiner trained with PromptLoop"
+        api.upload_folder(repo_id=name, folder_path=final, revision=branch, commit_message=message)
+    except (Exception, KeyboardInterrupt) as e:
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise RuntimeError(f"{final} is whole, and not pushed to {name}: {why}; the same command pushes it, and no more") from e
+    print(f"pushed to {name}")
 
 
 def _usage(method: str) -> str:

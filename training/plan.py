@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
 from trl import ModelConfig
 
 from promptloop_pipeline.cli.evaluate import _check_sum
@@ -22,11 +24,10 @@ from .arguments import read
 from .config import DERIVED, PromptLoopConfig
 from .data import SHAPES, Prompts, hold_out, load_prompts
 from .policy import template_file, weights_of
-from .record import VERSION, check_writable, git_commit, versions
+from .record import VERSION, check_trackers, check_writable, git_commit, versions
 from .watch import SEEDS, WHEN
 
 LOOP = {"refined", "format_ok", "trajectories", "name"}  # what the loop tells rewards
-TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow", "swanlab")
 _WATCHED = "prompts held out are watched instead; see watch_every"
 REFUSED = {
     **dict.fromkeys(DERIVED, "it follows from prompts_per_step, group_size, retained and turns"),
@@ -49,7 +50,7 @@ ALLOWED = {
 @dataclass(frozen=True)
 class Plan:
     """A run that was checked, and of which nothing is loaded. rewards: the options of each, by name. watched: None where it is not.
-    push: whether the result goes to the hub."""
+    push: whether the result goes to the hub; token: for it, if one was given."""
 
     config: PromptLoopConfig
     lora: ModelConfig
@@ -61,6 +62,7 @@ class Plan:
     folder: Path
     command: list[str]
     push: bool = False
+    token: str | None = field(default=None, repr=False)
 
     def manifest(self) -> dict[str, Any]:
         prompts = {"train": self.train} | ({"watched": self.watched} if self.watched else {})
@@ -95,7 +97,18 @@ def plan(argv: Sequence[str]) -> Plan:
     for prompts in (train, watched) if watched else (train,):
         _check_told(prompts, list(rewards))
     push, config.push_to_hub = config.push_to_hub, False  # the result is pushed, by us, and not every checkpoint
-    return Plan(config, lora, template, place, rewards, train, watched, folder, ["grpo", *argv], push)
+    token, config.hub_token = config.hub_token, None  # checkpoints would hold it
+    return Plan(config, lora, template, place, rewards, train, watched, folder, ["grpo", *_unsecret(argv)], push, token)
+
+
+def _unsecret(argv: Sequence[str]) -> list[str]:
+    """The command as it can be shown to everybody."""
+    found: list[str] = []
+    for word in argv:
+        key, equals, _ = word.partition("=")
+        secret = key.replace("-", "_") == "__hub_token" and equals
+        found.append(f"{key}=..." if secret else "..." if found and found[-1] in ("--hub_token", "--hub-token") else word)
+    return found
 
 
 def configure(argv: Sequence[str]) -> tuple[PromptLoopConfig, ModelConfig]:
@@ -112,12 +125,20 @@ def configure(argv: Sequence[str]) -> tuple[PromptLoopConfig, ModelConfig]:
         value = getattr(config, name) if hasattr(config, name) else getattr(lora, name)
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; use {', '.join(allowed[:-1])} or {allowed[-1]}")
-    for name in config.report_to or ():
-        if name in TRACKERS and importlib.util.find_spec(name) is None:
-            raise ImportError(f"report_to is {name}, which is not installed: pip install {name}")
-    if config.push_to_hub and not config.hub_model_id:
-        raise ValueError("push_to_hub is true, and hub_model_id is not given; say where, such as you/my-refiner")
+    check_trackers(config.report_to)
+    if config.push_to_hub:
+        _check_hub(config)
     return config, lora
+
+
+def _check_hub(config: PromptLoopConfig) -> None:
+    if "/" not in (config.hub_model_id or ""):
+        raise ValueError(
+            f"push_to_hub is true, and hub_model_id is {config.hub_model_id or 'not given'}; say where, such as you/my-refiner"
+        )
+    validate_repo_id(config.hub_model_id)
+    if not (config.hub_token or get_token()):
+        raise ValueError("push_to_hub is true, and nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN")
 
 
 def fit_machine(values: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +148,8 @@ def fit_machine(values: dict[str, Any]) -> dict[str, Any]:
         values.setdefault("dataloader_pin_memory", False)
         if not {"bf16", "fp16"} & set(values):
             values["bf16"] = False
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # or each process takes itself for the only one
     return values
 
 

@@ -80,9 +80,10 @@ def adapter_config(lora: ModelConfig, model: Any) -> Any:
     return config
 
 
-def keep(trainer: Any, folder: Path, template: Path, files: Mapping[str, str] | None = None) -> None:
+def keep(trainer: Any, folder: Path, template: Path, tokens: int | None, files: Mapping[str, str] = {}) -> None:
     """The weights (the adapter, where there is one), the processor, the template and what else there is to say, as a whole or not at
-    all. All processes come here together: where the model is spread over them, all take part."""
+    all. tokens: the budget that it was trained with; None: what the template says. All processes come here together: where the model
+    is spread over them, all take part."""
     unfinished = folder.with_name(f".{folder.name}")
     main = trainer.accelerator.is_main_process
     if main:
@@ -92,17 +93,17 @@ def keep(trainer: Any, folder: Path, template: Path, files: Mapping[str, str] | 
     if main:
         shutil.rmtree(unfinished / "ref", ignore_errors=True)  # a copy of the adapter that the KL is taken to
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same
-        text = _told(template, trainer.rollout.refiner.sampling.max_new_tokens)
-        (unfinished / TEMPLATE).write_text(text, encoding="utf-8")
-        for name, content in (files or {}).items():
+        text = template.read_text(encoding="utf-8-sig")
+        (unfinished / TEMPLATE).write_text(text if tokens is None else _told(text, tokens), encoding="utf-8")
+        for name, content in files.items():
             (unfinished / name).write_text(content, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.replace(folder)
 
 
-def _told(template: Path, tokens: int) -> str:
-    """The template's text, with the token budget of the training and otherwise greedy, as it was watched."""
-    head, bracket, rest = template.read_text(encoding="utf-8-sig").partition("\n[")
+def _told(text: str, tokens: int) -> str:
+    """The template, with the token budget of the training and otherwise greedy, as it was watched."""
+    head, bracket, rest = text.partition("\n[")
     lines = [line for line in head.splitlines() if line.partition(":")[0].strip() not in OPTIONS]
     return "\n".join([*lines, f"max_new_tokens: {tokens}"]) + bracket + rest
 

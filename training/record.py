@@ -6,14 +6,20 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, SoftFileLock, Timeout
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from promptloop_pipeline import __version__
 from promptloop_pipeline.evaluation.report import Arm, write_report
@@ -21,14 +27,17 @@ from promptloop_pipeline.trajectory import save
 
 from .rollout import Group
 
-MANIFEST, LOG, SAMPLES, VERSION = "manifest.json", "log.jsonl", "samples", 1
+MANIFEST, LOG, SAMPLES, LOCK, VERSION = "manifest.json", "log.jsonl", "samples", ".lock", 1
+BOARD = "runs"  # TensorBoard's own name for it
+TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow", "swanlab")
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "diffusers")
 SHOWN = 4  # groups of a step that are kept
 UNSCORED = 5  # batches in a row
-FREE = frozenset(  # keys that may change when a run is taken up again, since no step depends on them
+FREE = frozenset(  # keys that may change when a run is taken up again, since no step depends on them but by rounding
     ("resume", "max_steps", "num_train_epochs", "watch_every", "watch_blind", "samples_every", "save_steps", "save_strategy",
      "save_total_limit", "report_to", "run_name", "project", "disable_tqdm", "log_level", "push_to_hub", "hub_model_id", "hub_token",
-     "hub_private_repo", "hub_revision", "dataloader_num_workers", "reward_batch", "output_dir", "logging_first_step", "logging_dir")
+     "hub_private_repo", "hub_revision", "dataloader_num_workers", "reward_batch", "rollout_batch", "output_dir",
+     "logging_first_step", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 )  # fmt: skip
 
 
@@ -42,6 +51,49 @@ def check_writable(output_dir: str) -> Path:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise OSError(f"cannot write to the folder {folder}; choose another one with output_dir")
     return folder
+
+
+@contextmanager
+def alone(folder: Path, main: bool = True) -> Iterator[None]:
+    """The folder, which is made, belongs to this run until the end, or until its process dies, however that may be: the lock is the
+    operating system's. main: whether this is the process that writes; of several, the others do not ask.
+
+    Raises RuntimeError naming the process that is at work there, OSError when the folder cannot be written.
+    """
+    if not main:
+        yield
+        return
+    file = folder / LOCK
+    lock = FileLock(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"another run is writing to the folder {folder}{_holder(file)}; nothing was changed. Wait until it ends, stop it, or "
+            "choose another output_dir"
+        ) from None
+    except OSError as e:
+        raise OSError(f"cannot write to the folder {folder}: {e.strerror or e}; choose another one with output_dir") from e
+    told = not isinstance(lock, SoftFileLock)  # what is used where a disk knows no locks, and writes the same itself
+    try:
+        with suppress(OSError):  # on Windows nobody can read or write what is locked
+            if told:
+                file.write_text(f"{os.getpid()}\n{platform.node()}\n", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            if told:
+                file.unlink()  # as long as it is ours
+        lock.release()
+
+
+def _holder(file: Path) -> str:
+    try:
+        pid, host, *_ = file.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return ""
+    return f" (process {pid} on {host})"
 
 
 def claim(folder: Path, manifest: dict[str, Any], resume: bool, checkpoint: str | None) -> None:
@@ -68,6 +120,7 @@ def claim(folder: Path, manifest: dict[str, Any], resume: bool, checkpoint: str 
             manifest["resumed"] = [*old.get("resumed", []), again]
     else:
         shutil.rmtree(folder / SAMPLES, ignore_errors=True)
+    manifest = {"run": f"{re.sub(r'[^a-zA-Z0-9._-]', '-', folder.name)}-{time.strftime('%Y%m%d-%H%M%S')}"} | manifest
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, manifest)
@@ -174,6 +227,36 @@ class Log(TrainerCallback):
 def _json(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- trackers -----------------------------------------------------------------------------------------------------------
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """names: `report_to`. Raises ValueError for one that nobody knows, ImportError for one that is not there."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to is {name!r}; use none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name in TRACKERS and name not in get_available_reporting_integrations():
+            raise ImportError(f"report_to is {name}, which is not installed or is switched off: pip install {name}")
+
+
+def same_logs(trainer: Any, folder: Path, checkpoint: str | None) -> None:
+    """A run that goes on from a checkpoint goes on in the same logs of its trackers: under the name that its manifest keeps, if it has
+    no `run_name`. What was logged after the checkpoint, and will come again, TensorBoard takes back; others show it twice."""
+    config = trainer.args
+    name = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"]
+    config.run_name = config.run_name or name
+    if "wandb" in config.report_to:
+        os.environ.setdefault("WANDB_RUN_ID", name)
+        os.environ.setdefault("WANDB_RESUME", "allow")
+    if not trainer.is_world_process_zero():
+        return
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            first = int(checkpoint.rpartition("-")[2]) + 1 if checkpoint else 0
+            callback.logging_dir = str(folder / BOARD)
+            callback.tb_writer = callback._SummaryWriter(callback.logging_dir, purge_step=first)
 
 
 # --- what there is to look at -------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Rollouts: groups of trajectories of the same request, made by the very loop that users run, and what training needs to know
 of them.
 
-All trajectories of all groups denoise as one batch. Each group has turns of its own; the retained trajectories, last in each
-group, have none: they are the request as the user wrote it, from the same noise.
+All trajectories of all groups denoise as one batch, or as a few where that is too large for the machine. Each group has turns of
+its own; the retained trajectories, last in each group, have none: they are the request as the user wrote it, from the same noise.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ class _Shot:
 class Rollout:
     """refiner: the policy, with the template and the sampling of its use. rewards: by name; specs: how they are put together.
 
-    size: trajectories in a group, the `retained` ones among them. share_noise: whether all of a group start from the same noise
-    (then all that differs between them is what the policy said). share_steps: whether equal rows are computed once
-    (`sharing.equal_rows_once`); not for a pipeline whose rows see each other, as with style-aligned attention. by_tag: each
-    sample's reward is the one that its tag names, in its own unit. call: of the pipeline: num_inference_steps, guidance_scale,
-    ... preview: as for `attach`.
+    size: trajectories in a group, the `retained` ones among them. batch: how many trajectories denoise together, at most; None: all.
+    Groups are cut only where one is larger than that. share_noise: whether all of a group start from the same noise (then all that
+    differs between them is what the policy said). share_steps: whether equal rows are computed once (`sharing.equal_rows_once`); not
+    for a pipeline whose rows see each other, as with style-aligned attention. by_tag: each sample's reward is the one that its tag
+    names, in its own unit. call: of the pipeline: num_inference_steps, guidance_scale, ... preview: as for `attach`.
 
     What a sample's trajectories are does not depend on which other samples are in the batch, up to the rounding of batched
     arithmetic.
@@ -92,13 +92,14 @@ class Rollout:
 
     def __init__(
         self, pipe: Any, refiner: MLLMRefiner, rewards: Mapping[str, Reward], specs: Sequence[RewardSpec], *, size: int,
-        retained: int = 0, share_noise: bool = True, share_steps: bool = True, by_tag: bool = False, preview: Any = None, **call: Any,
+        retained: int = 0, batch: int | None = None, share_noise: bool = True, share_steps: bool = True, by_tag: bool = False,
+        preview: Any = None, **call: Any,
     ) -> None:  # fmt: skip
         if not 0 <= retained < size:
             raise ValueError(f"a group of {size} trajectories cannot retain {retained}; retain from 0 to {size - 1}")
         self.pipe, self.refiner, self.rewards, self.specs = pipe, refiner, dict(rewards), list(specs)
         self.size, self.retained, self.by_tag = size, retained, by_tag
-        self.share_noise, self.share_steps = share_noise, share_steps
+        self.batch, self.share_noise, self.share_steps = batch, share_noise, share_steps
         self.preview, self.call = preview, call
         self.seconds: dict[str, float] = {}
         self.computed: dict[str, list[int]] = {}  # by module: rows of the last batch, and how many of them were computed
@@ -110,34 +111,40 @@ class Rollout:
         """
         clock = time.perf_counter()
         kept = self.retained if retained is None else retained
-        of = [k for k in range(len(samples)) for _ in range(self.size)]
-        place = [i % self.size for i in range(len(of))]
         refined = self.size - kept
-        turns = _Turns(self, [set(steps[k]) if p < refined else set() for k, p in zip(of, place)],
-                       [_seed(samples[k].seed, "policy", p) for k, p in zip(of, place)])  # fmt: skip
-        noise = [_seed(samples[k].seed, "noise", 0 if self.share_noise else p) for k, p in zip(of, place)]
-        loop = attach(self.pipe)
+        asked = [(s, p, set(due) if p < refined else set()) for s, due in zip(samples, steps) for p in range(self.size)]
+        most = len(asked) if self.batch is None else self.batch - self.batch % self.size or self.batch
         once: Any = equal_rows_once(self.pipe) if self.share_steps else nullcontext({})
+        found: list[tuple[Trajectory, list[Row | None]]] = []
         with _quiet(), once as self.computed:
-            out = loop(
-                [samples[k].request for k in of], generator=[torch.Generator().manual_seed(s) for s in noise], refiner=turns,
-                refine_at=sorted(set().union(*turns.due)) or "none", preview=turns.decode, output_type="pil", **self.call,
-            )  # fmt: skip
+            for i in range(0, len(asked), most):
+                found += self._denoised(asked[i : i + most])
         self.seconds = {"rollout": time.perf_counter() - clock}
-        for i, t in enumerate(out.trajectories):
-            t.turns = [turn for turn in t.turns if turn.step in turns.due[i]]
-            t.meta |= {"retained": place[i] >= refined, "tag": samples[of[i]].tag}
         groups = []
         for k, sample in enumerate(samples):
-            part = slice(k * self.size, (k + 1) * self.size)
-            groups.append(Group(sample, out.trajectories[part], [list(rows.values()) for rows in turns.rows[part][:refined]]))
-        if any(turns.due) and not any(row for group in groups for rows in group.rows for row in rows):
-            errors = [turn.error for t in out.trajectories for turn in t.failures]
+            of = found[k * self.size : (k + 1) * self.size]
+            for p, (t, _) in enumerate(of):
+                t.meta |= {"retained": p >= refined, "tag": sample.tag}
+            groups.append(Group(sample, [t for t, _ in of], [rows for _, rows in of[:refined]]))
+        if any(due for _, _, due in asked) and not any(row for group in groups for rows in group.rows for row in rows):
+            errors = [turn.error for t, _ in found for turn in t.failures]
             raise RuntimeError(f"the policy failed on every turn: {errors[0] if errors else 'it was never asked'}")
         clock = time.perf_counter()
         self._score(groups)
         self.seconds["rewards"] = time.perf_counter() - clock
         return groups
+
+    def _denoised(self, asked: Sequence[tuple[Sample, int, set[int]]]) -> list[tuple[Trajectory, list[Row | None]]]:
+        """As one batch. asked: (sample, place in its group, steps of its turns) of each."""
+        turns = _Turns(self, [due for _, _, due in asked], [_seed(sample.seed, "policy", p) for sample, p, _ in asked])
+        noise = [_seed(sample.seed, "noise", 0 if self.share_noise else p) for sample, p, _ in asked]
+        out = attach(self.pipe)(
+            [sample.request for sample, _, _ in asked], generator=[torch.Generator().manual_seed(s) for s in noise], refiner=turns,
+            refine_at=sorted(set().union(*turns.due)) or "none", preview=turns.decode, output_type="pil", **self.call,
+        )  # fmt: skip
+        for t, due in zip(out.trajectories, turns.due, strict=True):
+            t.turns = [turn for turn in t.turns if turn.step in due]
+        return [(t, list(rows.values())) for t, rows in zip(out.trajectories, turns.rows, strict=True)]
 
     def _score(self, groups: Sequence[Group]) -> None:
         shots = [

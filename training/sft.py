@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import json
 import random
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,8 +39,8 @@ from .batches import Collator, to_dataset, trainable
 from .data import load_prompts
 from .examples import Example, Selection, Tally, check_folder, gather, hashed, told
 from .grpo import last_checkpoint
-from .policy import TEMPLATE, adapter_config, load_policy, template_file, weights_of
-from .record import VERSION, Log, check_writable, claim, git_commit, versions, write_json
+from .policy import adapter_config, keep, load_policy, template_file, weights_of
+from .record import VERSION, Log, alone, check_trackers, check_writable, claim, git_commit, same_logs, versions, write_json
 
 REPORT, LESSONS, TEACHER, FINAL = "examples.json", "lessons", "teacher", "final"
 NO_PLACE = {
@@ -262,14 +261,21 @@ def train(config: SFTLoopConfig, model_config: ModelConfig) -> Path:
     last checkpoint, and ends as if it had never stopped.
 
     Raises ValueError where no example is left, saying why, before the policy is loaded; and for a folder that holds another run, or
-    this one on other examples.
+    this one on other examples. Raises RuntimeError where another process is at the same run.
     """
     if model_config.model_name_or_path not in (None, config.refiner):
         raise ValueError(
             f"model_name_or_path is {model_config.model_name_or_path!r}; name the model to be trained as `refiner`"
         )
-    out, main = check_writable(str(config.output_dir)), config.process_index == 0
-    config.output_dir, checkpoint = str(out), last_checkpoint(out)
+    check_trackers(config.report_to)
+    out = check_writable(str(config.output_dir))
+    config.output_dir = str(out)
+    with alone(out, config.process_index == 0):
+        return _train(config, model_config, out)
+
+
+def _train(config: SFTLoopConfig, model_config: ModelConfig, out: Path) -> Path:
+    main, checkpoint = config.process_index == 0, last_checkpoint(out)
     folders = config.trajectories + [str(out / LESSONS / TEACHER)] * (config.teacher is not None)
     with config.main_process_first():
         if main:
@@ -308,17 +314,10 @@ def train(config: SFTLoopConfig, model_config: ModelConfig) -> Path:
     if checkpoint is not None:  # TRL counts tokens anew
         rows = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         trainer._total_train_tokens = next((int(row["num_tokens"]) for row in reversed(rows) if "num_tokens" in row), 0)
+    same_logs(trainer, out, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
-    unfinished, final = out / f".{FINAL}", out / FINAL
-    if main:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed right here
-    trainer.save_model(str(unfinished))
-    if main:
-        shutil.copyfile(config.template_file, unfinished / TEMPLATE)
-        (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.replace(final)
-    return final
+    keep(trainer, out / FINAL, config.template_file, None)
+    return out / FINAL
 
 
 def _manifest(config: SFTLoopConfig, model_config: ModelConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from promptloop_pipeline.refiners.mllm import MLLMRefiner
 from .data import Prompts
 from .grpo import PromptLoopGRPOTrainer
 from .policy import keep
-from .rollout import Group, Sample, _greedy
+from .rollout import Group, Sample, _greedy, _quiet
 
 BEST, WATCHED = "best", "watched.json"
 SEEDS = 1_000_000  # the noise of the first watched prompt; the others count up
@@ -78,12 +78,8 @@ class Watch(TrainerCallback):
             self.seen["watch"] = step
             total = self._figures("watch", self._policy())
             if step and total > self.best:
-                keep(
-                    self.trainer,
-                    self.folder / BEST,
-                    self.template,
-                    {WATCHED: json.dumps({"step": step, "total": total}) + "\n"},
-                )
+                files = {WATCHED: json.dumps({"step": step, "total": total}) + "\n"}
+                keep(self.trainer, self.folder / BEST, self.template, self._policy().sampling.max_new_tokens, files)
             self.best = max(self.best, total)
         if blind and self.seen.get("watch-blind") != step:
             self.seen["watch-blind"] = step
@@ -101,7 +97,7 @@ class Watch(TrainerCallback):
         trainer = self.trainer
         assert trainer is not None
         process, of = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        with undisturbed(), trainer._policy():
+        with undisturbed(), _quiet(), trainer._policy():
             groups = self._groups(refiner, range(process, len(self.prompts), of))
         rows = sorted(gather_object([self._row(g) for g in groups]), key=lambda row: row["row"])
         scores = {key: [row["scores"][key] for row in rows] for key in rows[0]["scores"]}
@@ -122,10 +118,10 @@ class Watch(TrainerCallback):
         """One trajectory each, scored as in training."""
         assert self.trainer is not None
         rollout, config = self.trainer.rollout, self.trainer.loop
+        batch = rollout.batch or config.prompts_per_step * config.group_size
         found = run_arm(
             rollout.pipe, [self.prompts.requests[i] for i in rows], [SEEDS + i for i in rows], refiner,
-            ", ".join(map(str, self.steps)), batch=config.prompts_per_step * config.group_size, preview=rollout.preview,
-            output_type="pil", **rollout.call,
+            ", ".join(map(str, self.steps)), batch=batch, preview=rollout.preview, output_type="pil", **rollout.call,
         )  # fmt: skip
         groups: list[Group] = []
         for i, t in zip(rows, found, strict=True):

@@ -13,7 +13,7 @@ import yaml
 from promptloop_training import main as training
 from promptloop_training.config import PromptLoopConfig
 from promptloop_training.main import main
-from promptloop_training.plan import REFUSED, configure, plan
+from promptloop_training.plan import REFUSED, configure, fit_machine, plan
 from promptloop_training.record import UNSCORED, Samples
 from promptloop_training.rollout import Group, Sample
 from safetensors.torch import load_file
@@ -145,6 +145,8 @@ MISTAKES = [
     ({"temperature": 0}, "temperature is 0"),
     ({"push_to_hub": True}, "hub_model_id is not given"),
     ({"report_to": "wandb"}, "report_to is wandb, which is not installed"),
+    ({"report_to": "wandbb"}, "report_to is 'wandbb'; use none, or some of"),
+    ({"rollout_batch": 0}, "rollout_batch is 0; use 1 or more"),
     ({"lr_scheduler_type": "constnt"}, "constnt"),
     ({"env": 3}, "env is 3; give a mapping"),
 ]  # fmt: skip
@@ -182,9 +184,13 @@ def test_a_file_that_is_none(text, message, tmp_path):
             configure(argv)
 
 
-def test_nobody_has_to_say_that_there_is_no_gpu(tmp_path):
+def test_nobody_has_to_say_that_there_is_no_gpu(tmp_path, monkeypatch):
     config = plan(small(tmp_path)[1:]).config
     assert config.bf16 == torch.cuda.is_available() and config.learning_rate == 1e-3
+    assert "use_cpu" not in fit_machine({})
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of these, each would take itself for the only one
+    assert fit_machine({}).get("use_cpu", False) == (not torch.accelerator.is_available())
+    assert fit_machine({"use_cpu": False})["use_cpu"] is False
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------

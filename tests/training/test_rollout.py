@@ -73,6 +73,27 @@ def test_a_batch_equals_its_singles(pipe, policy):
     assert len({t.prompt for t in both[0].trajectories}) > 1  # or nothing was tested
 
 
+@pytest.mark.parametrize(
+    ("batch", "sizes"),
+    [(1, [1] * 8), (3, [3, 3, 2]), (4, [4, 4]), (7, [4, 4]), (8, [8]), (100, [8])],
+)
+def test_parts_of_a_batch_equal_the_whole(pipe, policy, batch, sizes):
+    """Of whole groups, or, where one is too large, of some of its trajectories; retained ones may be alone."""
+    together = []
+    hook = pipe.unet.register_forward_hook(lambda module, args, out: together.append(len(out[0])))
+    try:
+        parts, whole = (rollout(pipe, policy, size=4, retained=1, batch=b, share_steps=False) for b in (batch, None))
+        cut = parts([A, B], [[0, 1, 3], [2, 4]])
+        assert together == [2 * n for n in sizes for _ in range(STEPS)]  # and as many for the negative prompt
+    finally:
+        hook.remove()
+    for one, other in zip(cut, whole([A, B], [[0, 1, 3], [2, 4]]), strict=True):
+        assert record(one) == record(other) and gap(one, other) <= 2
+        assert one.rewards == pytest.approx(other.rewards, abs=1e-3)
+        assert [t.meta["retained"] for t in one.trajectories] == [False] * 3 + [True]
+    assert len({t.prompt for group in cut for t in group.trajectories}) > 4  # or nothing was tested
+
+
 @pytest.mark.parametrize("noise", [True, False])
 def test_shared_steps_change_nothing(pipe, policy, noise):
     shared, alone = (rollout(pipe, policy, share_noise=noise, share_steps=s) for s in (True, False))
@@ -82,6 +103,15 @@ def test_shared_steps_change_nothing(pipe, policy, noise):
     # all from one noise: two rows instead of six until the first turn; from three: only the negative prompt is shared, nowhere
     assert rows == 6 * STEPS and (computed <= 2 * 2 + 6 * 4 if noise else computed == rows)
     assert noise == (one.trajectories[0].turns[0].image.tobytes() == one.trajectories[1].turns[0].image.tobytes())
+
+
+def test_parts_share_their_steps(pipe, policy):
+    """Trajectories of a group, until their first turn; and all that was computed is counted."""
+    for batch, parts in ((3, [3]), (2, [2, 1])):
+        roll = rollout(pipe, policy, batch=batch)
+        roll([A], [[2, 4]])
+        rows, computed = roll.computed["unet"]
+        assert rows == 6 * STEPS and 0 < computed <= sum(2 * 2 + 2 * n * (STEPS - 2) for n in parts) < rows
 
 
 def test_the_retained_are_the_stock_pipelines_own(pipe, policy):
