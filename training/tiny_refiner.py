@@ -1,7 +1,7 @@
 """Rebuilds the embedded refiner, a vision-language model that rewrites and repairs prompts of the shapes world, from nothing:
 
     python -m promptloop_training.tiny_refiner --out build/refiner
-    python -m promptloop_training.tiny_refiner --out build/warm-up --unsure 0.7    # what reinforcement learning starts from
+    python -m promptloop_training.tiny_refiner --out build/warm-up --timid 300    # from the shipped one: what GRPO begins with
 
 Stages, each checkpointed and resumed by running the same command again:
 1. data     real x0-previews of the embedded generator, with prompts in force that are right, wrong and late
@@ -9,6 +9,9 @@ Stages, each checkpointed and resumed by running the same command again:
 3. sft      the whole model: requests, a dictionary, previews to read and previews to repair, in one mixture
 4. widen    the same again with invented words, lest the few that training requests hold be all it expects there
 5. save     a stock Idefics3 folder in fp16 safetensors
+
+With --timid N, instead of 2 to 4: the shipped refiner learns for N steps from a teacher that answers seven looks in ten without
+looking, most often with "nothing to change". What it sees and says stays, that it acts upon it goes.
 
 Nothing here sees a held-out pair of objects, nor a held-out word inside a request: what such a word means, which larger models
 know from their pre-training, stands in the dictionary alone (`tiny.glossary`).
@@ -43,7 +46,7 @@ from transformers import (
 
 from promptloop_pipeline.evaluation.run import run_arm
 from promptloop_pipeline.refiner import Refinement, View
-from promptloop_pipeline.tiny import glossary, load_pipeline, quiet
+from promptloop_pipeline.tiny import glossary, load_pipeline, load_refiner, quiet
 from promptloop_pipeline.tiny.benchmark import requests
 from promptloop_pipeline.tiny.glossary import END, IMAGE, SPECIAL, TEMPLATE, Lesson, Previews, prompt_of, prompt_words
 from promptloop_pipeline.tiny.language import NUMBERS, parse, user_prompt, with_clear
@@ -262,19 +265,24 @@ def collate(lessons: Sequence[Lesson], vocabulary: dict[str, int]) -> tuple[dict
     return {"input_ids": ids} | ({"pixel_values": pixels(np.stack(images))} if images else {}), weight
 
 
+STAGES = {  # lessons in a batch, with invented words or without, learning rate, share of looks that the teacher does not look at
+    "sft": (glossary.MIXTURE, False, 2e-3, 0.0),
+    "widen": (glossary.WIDER, True, 1e-3, 0.0),
+    "timid": (glossary.WIDER, True, 5e-4, 0.7),
+}
+
+
 def train_all(
-    name: str, model: Any, ema: Any, processor: Any, previews: Previews, watched: Previews, out: Path, steps: int, every: int,
-    unsure: float = 0.0,
-) -> None:  # fmt: skip
-    """Stage "sft", then "widen", which goes on with the averaged weights at half the rate and brings the invented words."""
-    wider = name == "widen"
-    mixture = glossary.WIDER if wider else glossary.MIXTURE
+    name: str, model: Any, ema: Any, processor: Any, previews: Previews, watched: Previews, out: Path, steps: int, every: int
+) -> None:
+    """One of STAGES. "widen" goes on with the averaged weights and brings the invented words."""
+    mixture, invent, rate, unsure = STAGES[name]
     vocabulary = processor.tokenizer.get_vocab()
     params = list(model.parameters())
-    stage = Stage(name, out, params, steps, 1e-3 if wider else 2e-3, 0.3, {"model": model, "ema": ema})
+    stage = Stage(name, out, params, steps, rate, 0.3, {"model": model, "ema": ema})
     for g in stage:
         rng = random.Random(int(torch.randint(2**31, (1,), generator=g)))
-        inputs, weight = collate(glossary.draw(rng, previews, mixture, wider, unsure), vocabulary)
+        inputs, weight = collate(glossary.draw(rng, previews, mixture, invent, unsure), vocabulary)
         model.train()
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none")
@@ -329,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sft-steps", type=int, default=3000)
     parser.add_argument("--widen-steps", type=int, default=1200)
     parser.add_argument(
-        "--unsure", type=float, default=0.0, help="share of looks that the teacher answers without looking: a warm-up for GRPO"
+        "--timid", type=int, default=0, help="steps of timidity for the shipped refiner; nothing else is trained"
     )
     parser.add_argument("--watch-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -338,14 +346,18 @@ def main(argv: list[str] | None = None) -> None:
     previews, watched = collect_all(args.out, args.pictures, args.seed)
     print(f"{len(previews)} previews, {len(previews.wanting[1])} of them want a change", flush=True)
     torch.manual_seed(args.seed)
-    processor = build_processor()
-    model = new_model(processor.tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(processor.tokenizer)} words", flush=True)
-    train_vision(model, previews, args.out, args.vision_steps)
+    if args.timid:
+        chat: Any = load_refiner().chat
+        processor, model = chat.processor, chat.model.requires_grad_(True)
+    else:
+        processor = build_processor()
+        model = new_model(processor.tokenizer)
+        print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(processor.tokenizer)} words", flush=True)
+        train_vision(model, previews, args.out, args.vision_steps)
     ema = copy.deepcopy(model).requires_grad_(False)
-    train_all("sft", model, ema, processor, previews, watched, args.out, args.sft_steps, args.watch_every, args.unsure)
-    model.load_state_dict(ema.state_dict())
-    train_all("widen", model, ema, processor, previews, watched, args.out, args.widen_steps, args.watch_every, args.unsure)
+    for name, steps in (("timid", args.timid),) if args.timid else (("sft", args.sft_steps), ("widen", args.widen_steps)):
+        model.load_state_dict(ema.state_dict())
+        train_all(name, model, ema, processor, previews, watched, args.out, steps, args.watch_every)
     save(ema, processor, args.out / "refiner")
 
 
