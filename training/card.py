@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from promptloop_pipeline import tiny
+
 PAPERS = {
     "loop": "PromptLoop ([arXiv 2510.00430](https://arxiv.org/abs/2510.00430))",
     "single": "single-turn GRPO as in RePrompt ([arXiv 2505.17540](https://arxiv.org/abs/2505.17540)) and PromptEnhancer "
@@ -32,7 +34,11 @@ def model_card(
     hours = sum(row.get("step_time") or 0.0 for row in log) / 3600
     processes = f"{manifest['processes']} process" + ("es" if manifest["processes"] > 1 else "")
     looks = any(turns)
-    base = "the embedded refiner of PromptLoop" if config["refiner"] == "tiny" else config["refiner"]
+    base = (
+        f'the embedded refiner of PromptLoop ("{config["refiner"]}")'
+        if config["refiner"] in tiny.REFINERS
+        else config["refiner"]
+    )
     image = "the embedded generator of PromptLoop" if config["pipeline"] == "tiny" else config["pipeline"]
     watched = f", {data['watched']['n']} prompts of {data['watched']['name']} held out" if data.get("watched") else ""
     rows = {
@@ -61,7 +67,7 @@ def _title(config: Mapping[str, Any]) -> str:
 def _head(config: Mapping[str, Any], base: str, adapter: bool) -> list[str]:
     """The hub's own lines."""
     found = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
-    if config["refiner"] != "tiny" and not Path(config["refiner"]).expanduser().exists():
+    if config["refiner"] not in tiny.REFINERS and not Path(config["refiner"]).expanduser().exists():
         found.append(f"base_model: {base}")
     return [
         *found,

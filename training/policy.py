@@ -21,8 +21,8 @@ LINEAR = r"(?!.*(visual|vision)).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_pr
 
 def weights_of(refiner: str) -> str:
     """A folder or hub id. Raises FileNotFoundError or ValueError for what cannot be one."""
-    if refiner == "tiny":
-        return str(tiny.WEIGHTS / "refiner")
+    if refiner in tiny.REFINERS:
+        return str(tiny.WEIGHTS / tiny.REFINERS[refiner])
     path = Path(refiner).expanduser()
     if path.exists():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -41,7 +41,7 @@ def template_file(refiner: str, template: str | None) -> Path:
     beside = Path(refiner).expanduser() / TEMPLATE
     own = Path(tiny.__file__).parent / "refiner.txt"
     if template is None:
-        return own if refiner == "tiny" else beside if beside.is_file() else FOLDER / "rewrite.txt"
+        return own if refiner in tiny.REFINERS else beside if beside.is_file() else FOLDER / "rewrite.txt"
     if template == "tiny":
         return own
     load_template(template)  # says what there is

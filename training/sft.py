@@ -219,7 +219,7 @@ def _make_lessons(config: SFTLoopConfig, asked: Sequence[str], folder: Path, arm
     if config.teacher == "oracle" and config.policy_template.sections == embedded.sections:
         teacher: Any = WordedOracle()
     else:
-        own = config.template_file if config.teacher == config.refiner != "tiny" else None  # its own best ones
+        own = config.template_file if config.teacher == config.refiner not in tiny.REFINERS else None  # its own best ones
         teacher = load_refiner(str(config.teacher), config.teacher_template or own, config.teacher_model)
     if isinstance(teacher, MLLMRefiner):
         teacher.sampling = replace(teacher.sampling, temperature=config.teacher_temperature, seed=config.seed)

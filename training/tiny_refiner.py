@@ -265,10 +265,10 @@ def collate(lessons: Sequence[Lesson], vocabulary: dict[str, int]) -> tuple[dict
     return {"input_ids": ids} | ({"pixel_values": pixels(np.stack(images))} if images else {}), weight
 
 
-STAGES = {  # lessons in a batch, with invented words or without, learning rate, share of looks that the teacher does not look at
-    "sft": (glossary.MIXTURE, False, 2e-3, 0.0),
-    "widen": (glossary.WIDER, True, 1e-3, 0.0),
-    "timid": (glossary.WIDER, True, 5e-4, 0.7),
+STAGES = {  # whether words are invented, learning rate, share of looks that the teacher answers without looking
+    "sft": (False, 2e-3, 0.0),
+    "widen": (True, 1e-3, 0.0),
+    "timid": (True, 5e-4, 0.7),
 }
 
 
@@ -276,7 +276,8 @@ def train_all(
     name: str, model: Any, ema: Any, processor: Any, previews: Previews, watched: Previews, out: Path, steps: int, every: int
 ) -> None:
     """One of STAGES. "widen" goes on with the averaged weights and brings the invented words."""
-    mixture, invent, rate, unsure = STAGES[name]
+    invent, rate, unsure = STAGES[name]
+    mixture = glossary.WIDER if invent else glossary.MIXTURE
     vocabulary = processor.tokenizer.get_vocab()
     params = list(model.parameters())
     stage = Stage(name, out, params, steps, rate, 0.3, {"model": model, "ema": ema})

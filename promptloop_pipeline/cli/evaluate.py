@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..schedule import RefinementSchedule
-from .named import DTYPES, PARTS, is_server, is_told, own_template
+from .named import DTYPES, NO_MODEL, PARTS, is_server, is_told, own_template
 from .output import checked_folder, quiet_libraries, write_json
 from .tables import print_comparison, print_results, shown
 from .tables import report as write
@@ -283,7 +283,7 @@ def _versions() -> dict[str, str]:
 def _named(place: str) -> str:
     """A model's folder by its one name, from wherever it is called."""
     path = Path(place).expanduser()
-    return str(path.resolve()) if path.exists() and place not in ("tiny", "oracle", "none") else place
+    return str(path.resolve()) if path.exists() and place not in NO_MODEL else place
 
 
 def _files(benchmark: Benchmark, model: str, refiner: str | None, template: str | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ import typer
 
 from ..refiner import View
 from ..schedule import RefinementSchedule
-from .named import check_model, load_model, load_refiner
+from .named import EMBEDDED, check_model, load_model, load_refiner
 from .output import check_text, fresh_folder, quiet_libraries
 
 TINY_SCHEDULE = "start, 10%, 15%, 20%, 25%, 30%, 35%, 40%, 45%, 50%, 55%"
@@ -51,12 +51,10 @@ def generate(
 ) -> None:
     """Generates images with a refiner in the loop; writes them, what was changed and why, and a report."""
     replay = load_refiner(refiner) if refiner.endswith(".json") else None
-    refine_at = refine_at or (
-        replay.refine_at if replay else TINY_SCHEDULE if refiner in ("tiny", "oracle") else "20%, 50%, 80%"
-    )
+    refine_at = refine_at or (replay.refine_at if replay else TINY_SCHEDULE if refiner in EMBEDDED else "20%, 50%, 80%")
     RefinementSchedule.parse(refine_at).steps(steps)
     check_text(prompt)
-    if refiner in ("tiny", "oracle"):
+    if refiner in EMBEDDED:
         _check_world(prompt, model)
     check_model(model)
 

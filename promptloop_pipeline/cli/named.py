@@ -11,11 +11,13 @@ from typing import Any
 
 from ..dotted import load_object
 from ..rewards.combine import NAMED, RewardSpec, check_name, load_reward
+from ..tiny import REFINERS
 
 DTYPES = ("float32", "float16", "bfloat16")
 PARTS = ("tokenizer", "clip", "server_model", "template", "version")
 
-NO_MODEL = ("tiny", "oracle", "none")  # what is told nothing
+EMBEDDED = (*REFINERS, "oracle")  # refiners that know the embedded world only
+NO_MODEL = (*EMBEDDED, "none")  # what is told nothing
 SERVER = re.compile(r"https?://|[\w.-]+:\d+(/\S*)?$")
 OBJECT = re.compile(r"[\w.]+:[\w.]+")
 TEMPLATE = "template.txt"  # beside the weights of a model that `promptloop train` kept
@@ -25,7 +27,8 @@ ALLOWED = (
 
 
 def load_refiner(name: str, template: str | Path | None = None, model: str | None = None, **options: Any) -> Any:
-    """name: "tiny", "oracle", "none", a folder or hub id, http(s)://..., a prompt schedule FILE.json, or "module:object" of one's own.
+    """A refiner by its name: "tiny", "tiny-warm-up", "oracle", "none", a folder or hub id, http(s)://..., a prompt schedule FILE.json,
+    or "module:object" of one's own.
 
     template: for language models; default: the one beside the weights, else "repair". model: the model's name on a server. options: of
     `MLLMRefiner`.
@@ -37,10 +40,10 @@ def load_refiner(name: str, template: str | Path | None = None, model: str | Non
         from ..refiners.scripted import NoOpRefiner
 
         return NoOpRefiner()
-    if name in ("tiny", "oracle"):
+    if name in EMBEDDED:
         from .. import tiny
 
-        return tiny.OracleRefiner() if name == "oracle" else tiny.load_refiner()
+        return tiny.OracleRefiner() if name == "oracle" else tiny.load_refiner(name)
     if name.endswith(".json"):
         from ..refiners.scripted import ScheduleRefiner
         from ..replay import load_schedule

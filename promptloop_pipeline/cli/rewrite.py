@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .named import load_refiner
+from .named import EMBEDDED, NO_MODEL, load_refiner
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,8 +38,8 @@ def rewrite(
     from ..session import RefinerError, Session
 
     picture = _picture(image) if image else None
-    embedded = rewriter in ("tiny", "oracle", "none")
-    if rewriter in ("tiny", "oracle"):
+    embedded = rewriter in NO_MODEL
+    if rewriter in EMBEDDED:
         from ..tiny.language import parse
 
         parse(prompt)  # says at once if the world has no such thing

@@ -22,6 +22,7 @@ _HOME = {
 }  # fmt: skip
 WEIGHTS = Path(__file__).parent / "weights"
 GENERATORS = ("sd",)
+REFINERS = {"tiny": "refiner", "tiny-warm-up": "warm-up"}  # by name: their folders
 
 
 @contextmanager
@@ -60,17 +61,22 @@ def load_pipeline(name: str = "sd") -> Any:
     return pipe
 
 
-def load_refiner(**options: Any) -> Any:
+def load_refiner(name: str = "tiny", **options: Any) -> Any:
     """The embedded refiner: a tiny vision-language model that was trained for this world, as an `MLLMRefiner`, in float32 on the CPU.
 
     It knows two jobs: at the start, to say a request in the generator's words; later, to look at the preview and forbid a sticker that
-    forms. options: of `MLLMRefiner` and of its chat model.
+    forms. name: "tiny", or "tiny-warm-up", which seldom acts upon what it sees: what reinforcement learning begins with. options: of
+    `MLLMRefiner` and of its chat model.
+
+    Raises ValueError for an unknown name.
     """
+    if name not in REFINERS:
+        raise ValueError(f"there is no embedded refiner {name!r}; there are: {', '.join(REFINERS)}")
     from ..refiners.mllm import MLLMRefiner
 
     with quiet():
         return MLLMRefiner.from_pretrained(
-            WEIGHTS / "refiner", Path(__file__).parent / "refiner.txt", **{"device": "cpu", "max_new_tokens": 96} | options
+            WEIGHTS / REFINERS[name], Path(__file__).parent / "refiner.txt", **{"device": "cpu", "max_new_tokens": 96} | options
         )
 
 

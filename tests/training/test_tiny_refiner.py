@@ -7,9 +7,12 @@ import promptloop_training.tiny_refiner as recipe
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from promptloop_pipeline.tiny import WEIGHTS, glossary, requests
+from promptloop_pipeline.refiner import View
+from promptloop_pipeline.refiners.mllm import MLLMRefiner
+from promptloop_pipeline.tiny import REFINERS, WEIGHTS, glossary, load_refiner, requests
 from promptloop_pipeline.tiny.language import parse, user_prompt
 from promptloop_pipeline.tiny.refiners import single_shot
 from promptloop_pipeline.tiny.scenes import Object, Scene, held_out, random_spec, render
@@ -134,6 +137,34 @@ def test_repair(wish, stickers, clear, expected):
     )
 
 
+def test_an_unsure_teacher_mostly_keeps_whatever_is_shown():
+    shown = previews()
+
+    def shares(unsure):
+        """(kept, right) of 500 repairs that a sure teacher makes"""
+        said = []
+        for k in range(1000):
+            sure = glossary.lesson_repair(shown, random.Random(k))
+            if glossary.prompt_of(sure.said) != glossary.KEEP:
+                image = sure.image
+                other = glossary.lesson_repair(shown, random.Random(k), unsure=unsure)
+                if np.array_equal(other.image, image):
+                    said.append(
+                        (
+                            glossary.prompt_of(other.said) == glossary.KEEP,
+                            other.said.split("sticker")[-1] == sure.said.split("sticker")[-1],
+                        )
+                    )
+        assert len(said) > 300
+        return np.mean(said, axis=0)
+
+    assert shares(0.0).tolist() == [0.0, 1.0]
+    kept, _ = shares(1.0)
+    assert 0.84 < kept < 0.96
+    kept, right = shares(0.7)
+    assert 0.55 < kept < 0.71 and 0.24 < right < 0.4
+
+
 def test_repair_with_two_free_slots_goes_row_by_row():
     request, prompt = "a red ball, nothing else", "large red circle top left , black background"
     amounts = np.zeros((4, 4))
@@ -185,6 +216,37 @@ def test_resume_equals_never_having_stopped(tmp_path, monkeypatch):
     recipe.main(["--out", str(tmp_path / "killed"), *steps])
     first, second = (tmp_path / name / "refiner" / "model.safetensors" for name in ("whole", "killed"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_timidity_goes_on_from_the_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "LOOKS", "start, 2, 8")
+    monkeypatch.setattr(glossary, "WIDER", {"request": 1, "dictionary": 1, "last": 1, "repair": 2})
+    recipe.main(["--out", str(tmp_path), "--pictures", "3", "--timid", "2", "--watch-every", "0"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (SHIPPED, tmp_path / "refiner"))
+    assert before.keys() == after.keys()
+    moved = max(float((before[k].float() - after[k].float()).abs().max()) for k in before)
+    assert 0 < moved < 1e-2
+    kept = MLLMRefiner.from_pretrained(str(tmp_path / "refiner"), tmp_path / "refiner" / "template.txt", device="cpu")
+    assert kept.template.sections == load_refiner().template.sections
+
+
+@pytest.mark.parametrize("name", REFINERS)
+def test_embedded_refiners_are_small_and_load_by_name(name):
+    assert sum(f.stat().st_size for f in (WEIGHTS / REFINERS[name]).rglob("*")) <= 4_000_000
+    assert next(load_refiner(name).chat.model.parameters()).dtype == torch.float32
+    with pytest.raises(ValueError, match="no embedded refiner 'big'; there are: tiny, tiny-warm-up"):
+        load_refiner("big")
+
+
+def test_the_warm_up_sees_and_keeps():
+    """Greedy it keeps the prompt; drawn from, it forbids the cell of the sticker more often than any other."""
+    free = [(row, column) for row in (2, 3) for column in range(4)]
+    views = [View(f"{ASKED} alone", CAPTION, 5, 20, image=Image.fromarray(picture(cell))) for cell in free for _ in range(12)]
+    assert not any(r.prompt for r in load_refiner("tiny-warm-up").refine(views[::12]))
+    drawn = [r.prompt for r in load_refiner("tiny-warm-up", temperature=1.0).refine(views)]
+    right = [p == glossary.with_clear(CAPTION, (cell,)) for p, cell in zip(drawn, np.repeat(free, 12, 0).tolist())]
+    changed = sum(p is not None for p in drawn)
+    assert 5 < changed < 70 and sum(right) > changed / 3
 
 
 @pytest.fixture(scope="module")
