@@ -24,6 +24,11 @@ _LABEL = re.compile(
     re.I,
 )
 _KEPT = re.compile(r"\W*keep(?:\W+(?:the|this|it|as|is|in|use|same|current|original|prompt|unchanged))*\W*", re.I)
+_KEPT_ELSE = re.compile(  # what models say instead, and nobody means as a prompt
+    r"\W*(?:(?:nothing|no (?:further |other )?changes?)(?: (?:is|are))?(?: (?:to (?:change|be changed)|needed|necessary|required))"
+    r"|(?:the )?(?:prompt (?:is|stays|remains) )?unchanged|n/a)\W*",
+    re.I,
+)
 _KEPT_BECAUSE = re.compile(r"\W*KEEP\W{0,5}?(?:[.,:;!(\n\u2013\u2014]|\s-\s)")  # and then it says why
 _CUT = re.compile(r"<\s{0,9}/?\s{0,9}(?:a|an|ans|answ|answe|answer)?\s{0,9}\Z", re.I)  # of a closing tag, by the token budget
 _QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u201e": "\u201c", "\u2018": "\u2019"}
@@ -52,7 +57,12 @@ def parse_answer(text: str, tags: bool = True) -> Parsed:
     reasoning = ANSWER.sub(" ", THINK.sub(" ", reasoning)).strip()
     prompt = _bare(answer)
     format_ok = complete or not tags
-    if _KEPT.fullmatch(prompt) or _KEPT_BECAUSE.match(answer.strip()) or (not complete and _ends_with_keep(answer)):
+    if (
+        _KEPT.fullmatch(prompt)
+        or _KEPT_ELSE.fullmatch(prompt)
+        or _KEPT_BECAUSE.match(answer.strip())
+        or (not complete and _ends_with_keep(answer))
+    ):
         return Parsed(None, reasoning, format_ok)
     if not any(c.isalnum() or unicodedata.category(c) == "So" for c in prompt):  # So: emoji
         return Parsed(None, reasoning, False, "there is no prompt in what the model said")

@@ -68,6 +68,8 @@ CASES = {
     "quoted KEEP OUT": ('"KEEP OUT!" on a door', '"KEEP OUT!" on a door', "", False),
     "a castle keep": ("Keep, a castle tower", "Keep, a castle tower", "", False),
     "keeping": ("keeping bees", "keeping bees", "", False),
+    "no change": ("<answer>no changes, unchanged light</answer>", "no changes, unchanged light", "", True),
+    "nothing": ("<answer>nothing but sky</answer>", "nothing but sky", "", True),
     "keep the cat": ("keep the cat", "keep the cat", "", False),
     "ends with keep": ("a castle with a keep", "a castle with a keep", "", False),
     "in the midst KEEP": ("<answer>a stone KEEP</answer>", "a stone KEEP", "", True),
@@ -117,7 +119,8 @@ KEPT = (
     "KEEP", "keep", " Keep. ", "**KEEP**", "[KEEP]", '"KEEP"', "`KEEP`", "```\nKEEP\n```", "KEEP!", "keep the prompt", "keep it as is",
     "Keep the current prompt unchanged.", "keep the prompt in use", "KEEP. Nothing is missing.", "KEEP (it is all there)",
     "KEEP: all there", "KEEP, all there", "KEEP\nbecause it is all there", "KEEP - all there", "**KEEP** \u2014 all there",
-    "New prompt: KEEP",
+    "New prompt: KEEP", "No changes needed.", "no further changes are necessary", "Nothing to change", "unchanged", "N/A",
+    "The prompt remains unchanged.",
 )  # fmt: skip
 
 
