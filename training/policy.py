@@ -16,6 +16,11 @@ from promptloop_pipeline.refiners.mllm import MLLMRefiner
 from promptloop_pipeline.refiners.template import FOLDER, Template, load_template, names
 
 TEMPLATE = "template.txt"  # beside the weights
+ALTERED = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+)  # in generation, of which the loss knows nothing
 LINEAR = r"(?!.*(visual|vision)).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # of the language model
 
 
@@ -49,7 +54,8 @@ def template_file(refiner: str, template: str | None) -> Path:
 
 
 def load_policy(refiner: str, template: Template, lora: ModelConfig, **options: Any) -> MLLMRefiner:
-    """options: of `MLLMRefiner` and its chat model. An adapter is loaded with its base model, and is what is trained."""
+    """options: of `MLLMRefiner` and its chat model. An adapter is loaded with its base model, and is what is trained. Penalties for
+    repetition, which some models bring, are left out: the policy is to be what the loss takes it for."""
     given = {
         "dtype": lora.dtype,
         "attn_implementation": lora.attn_implementation,
@@ -61,6 +67,8 @@ def load_policy(refiner: str, template: Template, lora: ModelConfig, **options: 
             weights_of(refiner), template, **{k: v for k, v in given.items() if v is not None}, **options
         )
     model: Any = policy.chat.model  # type: ignore[attr-defined]
+    for name in ALTERED:
+        setattr(model.generation_config, name, None)
     if hasattr(model, "peft_config"):
         if lora.use_peft:
             raise ValueError(

@@ -13,12 +13,14 @@ from peft import LoraConfig
 from promptloop_training.config import PromptLoopConfig
 from promptloop_training.grpo import PromptLoopGRPOTrainer, TrainingError, _TRLChat, check_trl, last_checkpoint
 from promptloop_training.objectives import deviation, group_advantages, is_flat, turn_rewards
+from promptloop_training.policy import load_policy
 from promptloop_training.rollout import Rollout
 from transformers import TrainerCallback
-from trl import GRPOTrainer
+from trl import GRPOTrainer, ModelConfig
 
 from promptloop_pipeline import MLLMRefiner, tiny
 from promptloop_pipeline.chat.local import TransformersChat
+from promptloop_pipeline.refiners.template import load_template
 from promptloop_pipeline.rewards.combine import load_reward, win_rates
 from tests.chat import models
 
@@ -226,6 +228,15 @@ def test_a_text_policy_in_a_single_turn(tmp_path):
     trainer = build(tmp_path, policy, **START, temperature=0.7, max_completion_length=6)
     first_step(trainer)
     assert "pixel_values" not in trainer.batches[0]
+
+
+def test_a_model_that_brings_a_penalty_for_repetition(tmp_path):
+    folder = models.save(models.qwen2, tmp_path / "model")
+    settings = folder / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"repetition_penalty": 1.5}))
+    template = load_template("reprompt")
+    policy = load_policy(str(folder), template, ModelConfig(dtype="float32"), device="cpu", logprobs=True)
+    first_step(build(tmp_path, policy, **START, temperature=0.7, max_completion_length=6))
 
 
 def test_a_chat_template_without_system_messages(tmp_path):
