@@ -42,6 +42,7 @@ from promptloop_pipeline.rewards.combine import win_rates
 
 from .config import PromptLoopConfig
 from .objectives import Rewards, deviation, group_advantages, is_flat, turn_rewards
+from .policy import EndsInTime
 from .rollout import Group, Rollout, Row, Sample, _seed
 
 RESULTS = 8  # what `_generate` returns, in TRL 1.16
@@ -108,7 +109,7 @@ def _missing(folder: Path) -> str | None:
     return None
 
 
-class PromptLoopGRPOTrainer(GRPOTrainer):
+class PromptLoopGRPOTrainer(EndsInTime, GRPOTrainer):
     """rollout: makes the groups; its refiner is the policy, and is given this trainer's model, and the temperature, top_p and
     token budget of `args`, which the loss takes the log-probabilities with. on_groups: told of each batch of groups.
 

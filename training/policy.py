@@ -116,6 +116,19 @@ def _told(text: str, tokens: int) -> str:
     return "\n".join([*lines, f"max_new_tokens: {tokens}"]) + bracket + rest
 
 
+class EndsInTime:
+    """Before a trainer's class: a run that was killed after its last checkpoint, and taken up, is not given a step too many."""
+
+    state: Any
+    control: Any
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+
 def leave_together() -> None:
     """At the end of a run on several processes: all wait for the last, and close what connects them. A process that exits while its
     neighbour still talks to it is aborted by gloo's threads."""

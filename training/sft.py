@@ -39,7 +39,7 @@ from .batches import Collator, to_dataset, trainable
 from .data import load_prompts
 from .examples import Example, Selection, Tally, check_folder, gather, hashed, told
 from .grpo import last_checkpoint
-from .policy import adapter_config, keep, load_policy, template_file, weights_of
+from .policy import EndsInTime, adapter_config, keep, load_policy, template_file, weights_of
 from .record import VERSION, Log, alone, check_trackers, check_writable, claim, git_commit, same_logs, versions, write_json
 
 REPORT, LESSONS, TEACHER, FINAL = "examples.json", "lessons", "teacher", "final"
@@ -244,6 +244,10 @@ def _check_same(file: Path, content: Mapping[str, Any], otherwise: str) -> None:
 # --- all of it ----------------------------------------------------------------------------------------------------------
 
 
+class _Trainer(EndsInTime, SFTTrainer):
+    pass
+
+
 class Finite(TrainerCallback):
     """Stops at a gradient that is no number, before the weights take it. Raises FloatingPointError."""
 
@@ -305,7 +309,7 @@ def _train(config: SFTLoopConfig, model_config: ModelConfig, out: Path) -> Path:
         if checkpoint is not None:
             _check_same(out / REPORT, content, "a run on other examples, which cannot go on with these")
         write_json(out / REPORT, content | {"folders": tally})
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=chat.model, args=config, train_dataset=to_dataset(learnt), eval_dataset=to_dataset(watched) if watched else None,
         data_collator=collator, processing_class=chat.processor, peft_config=adapter_config(model_config, chat.model),
         callbacks=[Log(out), Finite()],

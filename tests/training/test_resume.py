@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from promptloop_training.grpo import last_checkpoint
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from .test_grpo import build
@@ -135,6 +136,19 @@ def test_stopped_after_a_checkpoint(tmp_path, steps, stop, changes):
     assert last.endswith(f"checkpoint-{stop // changes['save_steps'] * changes['save_steps']}")
     second.train(resume_from_checkpoint=last)
     same(tmp_path / "whole", tmp_path / "stopped", steps)
+
+
+def test_killed_after_its_last_checkpoint(tmp_path):
+    """What is left to do is nothing: no step too many."""
+    trainer(tmp_path, max_steps=2).train()
+    first = result(tmp_path, 2)
+    again = trainer(tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert again.state.global_step == 2
+    assert last_checkpoint(tmp_path).endswith("checkpoint-2") and result(tmp_path, 2) == first
+    kept = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    held = get_peft_model_state_dict(again.model)
+    assert kept.keys() == held.keys() and all(torch.equal(kept[k], held[k]) for k in kept)
 
 
 def test_an_older_run_in_the_same_folder_is_not_taken_for_whole(tmp_path):
