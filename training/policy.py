@@ -101,6 +101,8 @@ def keep(trainer: Any, folder: Path, template: Path, tokens: int | None, files: 
     if main:
         shutil.rmtree(unfinished / "ref", ignore_errors=True)  # a copy of the adapter that the KL is taken to
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.generation_config.save_pretrained(unfinished)  # an adapter has none of its own
         text = template.read_text(encoding="utf-8-sig")
         (unfinished / TEMPLATE).write_text(text if tokens is None else _told(text, tokens), encoding="utf-8")
         for name, content in files.items():

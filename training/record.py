@@ -212,7 +212,9 @@ class Log(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            kept = [row for row in _lines(self.file) if row["step"] <= state.global_step and state.global_step]
+            step = state.global_step
+            there = [row.keys() for row in state.log_history if row["step"] == step]  # what came after will come again
+            kept = [row for row in _lines(self.file) if row["step"] < step or (row["step"] == step and row.keys() in there)]
             unfinished = self.file.with_suffix(".tmp")
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             unfinished.replace(self.file)

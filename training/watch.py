@@ -55,6 +55,7 @@ class Watch(TrainerCallback):
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen = {n: row["step"] for row in state.log_history for n in ("watch", "watch-blind") if f"{n}/n" in row}
         file = self.folder / BEST / WATCHED
         if not state.global_step:
             shutil.rmtree(self.folder / BEST, ignore_errors=True)

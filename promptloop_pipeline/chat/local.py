@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     LogitsProcessor,
     StoppingCriteria,
 )
@@ -99,6 +100,8 @@ class TransformersChat:
             raise OSError(f"cannot load the weights of the model {name!r}: {_first_line(e)}") from e
         if adapter is not None:
             model = _with_adapter(model, _known(adapter), {k: v for k, v in where.items() if k != "trust_remote_code"})
+            if Path(adapter, "generation_config.json").is_file():  # as it was trained, and not as its base came
+                model.get_base_model().generation_config = GenerationConfig.from_pretrained(adapter)
         if "device_map" not in options:
             model = model.to(device)
         return cls(model.eval(), processor, logprobs=logprobs, batch_size=batch_size, template_kwargs=template_kwargs)

@@ -138,7 +138,9 @@ def evaluate(
         if is_server(refiner) and server_model is None:
             raise ValueError(f"--refiner {refiner}: give --server-model too, so that the record says which model it was")
         if others and not is_told(refiner):
-            template = server_model = None  # they are for the others
+            template = None  # it is for the others, and so is a model on a server
+        if others and not is_server(refiner):
+            server_model = None
     own_words = own_template(refiner or "")
     template = own_words if template is None or _named(template) == own_words else template
     rewards = _needed("--reward", reward, the_benchmark.rewards, the_benchmark, "such as image-reward, pickscore:0")

@@ -11,7 +11,7 @@ from ..dotted import load_object
 from ..evaluation.arms import ArmSpec
 from ..refiners.template import load_template
 from ..schedule import RefinementSchedule
-from .named import NO_MODEL, OBJECT, load_refiner
+from .named import NO_MODEL, OBJECT, is_server, load_refiner
 
 NAME = re.compile(r"[a-z0-9]([\w.-]{0,62}\w)?", re.ASCII | re.IGNORECASE)  # a folder of that name can be made anywhere
 FILES = ("manifest.json", "results.json", "index.html")  # that lie beside the arms' folders
@@ -82,7 +82,9 @@ def check_refiner(refiner: str, template: str | None, server_model: str | None) 
     Raises ValueError, OSError or ImportError with one clear line.
     """
     folder = Path(refiner).expanduser()
-    if OBJECT.fullmatch(refiner) and not folder.exists():
+    if HUB_ID.fullmatch(refiner) and not folder.exists() and (folder.parent.is_dir() or refiner.endswith(".json")):
+        raise FileNotFoundError(f"there is no refiner at {refiner}; give a folder, a prompt schedule or a hub id that is there")
+    if OBJECT.fullmatch(refiner) and not is_server(refiner) and not folder.exists():
         load_object(refiner, "refiner")
     elif any((folder / name).is_file() for name in WEIGHTS) or (HUB_ID.fullmatch(refiner) and not folder.exists()):
         load_template(template or "repair")

@@ -25,8 +25,9 @@ _LABEL = re.compile(
 )
 _KEPT = re.compile(r"\W*keep(?:\W+(?:the|this|it|as|is|in|use|same|current|original|prompt|unchanged))*\W*", re.I)
 _KEPT_ELSE = re.compile(  # what models say instead, and nobody means as a prompt
-    r"\W*(?:(?:nothing|no (?:further |other )?changes?)(?: (?:is|are))?(?: (?:to (?:change|be changed)|needed|necessary|required))"
-    r"|(?:the )?(?:prompt (?:is|stays|remains) )?unchanged|n/a)\W*",
+    r"\W*(?:nothing(?: is)?(?: (?:to (?:change|be changed)|needed|necessary|required))"
+    r"|no (?:further |other )?(?:changes?|modifications?)(?: (?:is|are))?(?: (?:needed|necessary|required))?"
+    r"|(?:the )?(?:(?:current )?prompt (?:is|stays|remains) )?unchanged|n/a)\W*",
     re.I,
 )
 _KEPT_BECAUSE = re.compile(r"\W*KEEP\W{0,5}?(?:[.,:;!(\n\u2013\u2014]|\s-\s)")  # and then it says why

@@ -324,7 +324,11 @@ def test_a_server(run, tmp_path):  # noqa: F811
     with Server("well", answer="<answer>large blue circle top left , black background</answer>") as server:
         args = ("--n", "1", "--steps", "2", "--arms", "raw", "--report", tmp_path / "b")
         code, _, err = run(*args, "--versus", f"asked={server.url}@1", "--server-model", "tiny-vlm")
+        assert code == 0, err
+        bare = server.url.removeprefix("http://")
+        code, _, err = run(*args[:-1], tmp_path / "c", "--versus", f"asked={bare}@1", "--server-model", "tiny-vlm")
     assert code == 0, err
+    assert load(tmp_path / "c" / "asked")[0].prompt == load(tmp_path / "b" / "asked")[0].prompt
     (t,) = load(tmp_path / "b" / "asked")
     assert t.prompt == "large blue circle top left , black background" and server.requests[0]["model"] == "tiny-vlm"
 

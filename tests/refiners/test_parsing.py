@@ -119,7 +119,8 @@ KEPT = (
     "KEEP", "keep", " Keep. ", "**KEEP**", "[KEEP]", '"KEEP"', "`KEEP`", "```\nKEEP\n```", "KEEP!", "keep the prompt", "keep it as is",
     "Keep the current prompt unchanged.", "keep the prompt in use", "KEEP. Nothing is missing.", "KEEP (it is all there)",
     "KEEP: all there", "KEEP, all there", "KEEP\nbecause it is all there", "KEEP - all there", "**KEEP** \u2014 all there",
-    "New prompt: KEEP", "No changes needed.", "no further changes are necessary", "Nothing to change", "unchanged", "N/A",
+    "New prompt: KEEP", "No changes needed.", "no further changes are necessary", "Nothing to change", "unchanged",
+    "No changes.", "No modifications needed.", "The current prompt is unchanged.", "N/A",
     "The prompt remains unchanged.",
 )  # fmt: skip
 

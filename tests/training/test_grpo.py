@@ -13,18 +13,20 @@ from peft import LoraConfig
 from promptloop_training.config import PromptLoopConfig
 from promptloop_training.grpo import PromptLoopGRPOTrainer, TrainingError, _TRLChat, check_trl, last_checkpoint
 from promptloop_training.objectives import deviation, group_advantages, is_flat, turn_rewards
-from promptloop_training.policy import load_policy
-from promptloop_training.rollout import Rollout
+from promptloop_training.policy import keep, load_policy
+from promptloop_training.rollout import Rollout, _greedy
 from transformers import TrainerCallback
 from trl import GRPOTrainer, ModelConfig
 
 from promptloop_pipeline import MLLMRefiner, tiny
 from promptloop_pipeline.chat.local import TransformersChat
-from promptloop_pipeline.refiners.template import load_template
+from promptloop_pipeline.refiner import View
+from promptloop_pipeline.refiners.template import FOLDER, load_template
 from promptloop_pipeline.rewards.combine import load_reward, win_rates
 from tests.chat import models
 
 REWARD, MIXED = "tests.training.test_rollout:wordy", "tests.training.test_rollout:mixed"
+VIEW = View("a red circle", "a red circle", 0, 4)
 START = {"refine_at": "start", "turns": 1, "group_size": 3, "per_device_train_batch_size": 6}
 REQUESTS = ["large red circle top left , black background", "small blue cross center , white background", "two", "green"]
 
@@ -236,7 +238,17 @@ def test_a_model_that_brings_a_penalty_for_repetition(tmp_path):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"repetition_penalty": 1.5}))
     template = load_template("reprompt")
     policy = load_policy(str(folder), template, ModelConfig(dtype="float32"), device="cpu", logprobs=True)
-    first_step(build(tmp_path, policy, **START, temperature=0.7, max_completion_length=6))
+    trainer = build(tmp_path, policy, LoraConfig(r=2), **START, temperature=0.7, max_completion_length=6)
+    first_step(trainer)
+    keep(trainer, tmp_path / "final", FOLDER / "reprompt.txt", 6)
+    kept = MLLMRefiner.from_pretrained(str(tmp_path / "final"), template, device="cpu", max_new_tokens=12, temperature=0.0)
+    assert (tmp_path / "final" / "adapter_config.json").is_file()
+    with trainer._policy():
+        watched = _greedy(policy)
+        watched.sampling = kept.sampling
+        assert kept.refine([VIEW])[0].token_ids == watched.refine([VIEW])[0].token_ids
+    kept.chat.model.generation_config.repetition_penalty = 1.5  # as its base came
+    assert kept.refine([VIEW])[0].token_ids != watched.refine([VIEW])[0].token_ids
 
 
 def test_a_chat_template_without_system_messages(tmp_path):

@@ -289,6 +289,18 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(whole, tmp_path, m
 
 
 @pytest.mark.slow
+def test_killed_before_its_result_was_kept(whole, tmp_path):
+    """Nothing is trained, watched or logged twice."""
+    out = tmp_path / "out"
+    argv = small(tmp_path, **WHOLE | {"max_steps": 2})
+    assert main(argv) == 0
+    once, result = log(out), weights(out / "final")
+    shutil.rmtree(out / "final")
+    assert main(argv) == 0
+    assert log(out) == once and same(weights(out / "final"), result)
+
+
+@pytest.mark.slow
 def test_a_run_can_be_made_longer(whole, tmp_path):
     argv = small(tmp_path, **WHOLE | {"max_steps": 2, "samples_every": 0})
     assert main(argv) == 0
