@@ -22,8 +22,8 @@ SERVER = re.compile(r"https?://|[\w.-]+:\d+(/\S*)?$")
 OBJECT = re.compile(r"[\w.]+:[\w.]+")
 TEMPLATE = "template.txt"  # beside the weights of a model that `promptloop train` kept
 ALLOWED = (
-    '"tiny" and "tiny-warm-up" (embedded), "oracle" (reads its verifier), "none", a folder or hub id, the URL of a server, or '
-    '"module:object"'
+    '"tiny" (embedded), "oracle" (reads its verifier), "tiny-warm-up" (to be trained), "none", a folder or hub id, '
+    'the URL of a server, or "module:object"'
 )
 
 
