@@ -16,6 +16,7 @@ from trl import ModelConfig
 
 from promptloop_pipeline.cli.evaluate import _check_sum
 from promptloop_pipeline.cli.named import check_model, reward_options
+from promptloop_pipeline.cli.output import checked_folder
 from promptloop_pipeline.dotted import load_object
 from promptloop_pipeline.refiners.template import Template, load_template
 from promptloop_pipeline.rewards.combine import NAMED
@@ -24,7 +25,7 @@ from .arguments import read
 from .config import DERIVED, PromptLoopConfig
 from .data import SHAPES, Prompts, hold_out, load_prompts
 from .policy import template_file, weights_of
-from .record import VERSION, check_trackers, check_writable, git_commit, versions
+from .record import VERSION, check_trackers, git_commit, versions
 from .watch import SEEDS, WHEN
 
 LOOP = {"refined", "format_ok", "trajectories", "name"}  # what the loop tells rewards
@@ -82,7 +83,7 @@ class Plan:
 def plan(argv: Sequence[str]) -> Plan:
     """argv: as of `arguments.read`. Raises ValueError, OSError or ImportError naming the key."""
     config, lora = configure(argv)
-    folder = check_writable(str(config.output_dir))
+    folder = checked_folder(Path(str(config.output_dir)), "output_dir")
     config.output_dir = str(folder)
     check_model(config.pipeline)
     weights_of(config.refiner)

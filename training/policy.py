@@ -12,10 +12,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from promptloop_pipeline import tiny
 from promptloop_pipeline.chat import OPTIONS
+from promptloop_pipeline.cli.named import TEMPLATE, holds_model
 from promptloop_pipeline.refiners.mllm import MLLMRefiner
 from promptloop_pipeline.refiners.template import FOLDER, Template, load_template, names
 
-TEMPLATE = "template.txt"  # beside the weights
 ALTERED = (
     "repetition_penalty",
     "encoder_repetition_penalty",
@@ -30,7 +30,7 @@ def weights_of(refiner: str) -> str:
         return str(tiny.WEIGHTS / tiny.REFINERS[refiner])
     path = Path(refiner).expanduser()
     if path.exists():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not holds_model(path):
             raise FileNotFoundError(
                 f"no language model at {refiner}: expected a folder with config.json or adapter_config.json"
             )
@@ -44,11 +44,10 @@ def template_file(refiner: str, template: str | None) -> Path:
     """Of the template that is asked for, by name or path ("tiny": the embedded one); else of the one beside the weights; else of
     "rewrite"."""
     beside = Path(refiner).expanduser() / TEMPLATE
-    own = Path(tiny.__file__).parent / "refiner.txt"
     if template is None:
-        return own if refiner in tiny.REFINERS else beside if beside.is_file() else FOLDER / "rewrite.txt"
+        return tiny.TEMPLATE if refiner in tiny.REFINERS else beside if beside.is_file() else FOLDER / "rewrite.txt"
     if template == "tiny":
-        return own
+        return tiny.TEMPLATE
     load_template(template)  # says what there is
     return FOLDER / f"{template}.txt" if template in names() else Path(template).expanduser()
 

@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from promptloop_pipeline import __version__
+from promptloop_pipeline.cli.output import write_json
 from promptloop_pipeline.evaluation.report import Arm, write_report
 from promptloop_pipeline.trajectory import save
 
@@ -42,15 +43,6 @@ FREE = frozenset(  # keys that may change when a run is taken up again, since no
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------------
-
-
-def check_writable(output_dir: str) -> Path:
-    """Absolute; nothing is made yet. Raises OSError."""
-    folder = Path(output_dir).expanduser().resolve()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OSError(f"cannot write to the folder {folder}; choose another one with output_dir")
-    return folder
 
 
 @contextmanager
@@ -152,13 +144,6 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("version") != VERSION or "config" not in found:
         raise ValueError(f"{file} was not written by this version of `promptloop train`; choose another output_dir")
     return found
-
-
-def write_json(file: Path, content: Any) -> None:
-    """As a whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    unfinished.replace(file)
 
 
 def versions() -> dict[str, str]:

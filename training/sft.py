@@ -25,6 +25,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from promptloop_pipeline import tiny
 from promptloop_pipeline.cli.named import check_model, load_model, load_named_reward, load_refiner, reward_options
+from promptloop_pipeline.cli.output import checked_folder, write_json
 from promptloop_pipeline.evaluation.arms import RAW, ArmSpec, render, take_up
 from promptloop_pipeline.evaluation.scoring import score_arm
 from promptloop_pipeline.refiner import Refinement, View
@@ -40,7 +41,7 @@ from .data import load_prompts
 from .examples import Example, Selection, Tally, check_folder, gather, hashed, told
 from .grpo import last_checkpoint
 from .policy import EndsInTime, adapter_config, keep, load_policy, template_file, weights_of
-from .record import VERSION, Log, alone, check_trackers, check_writable, claim, git_commit, same_logs, versions, write_json
+from .record import VERSION, Log, alone, check_trackers, claim, git_commit, same_logs, versions
 
 REPORT, LESSONS, TEACHER, FINAL = "examples.json", "lessons", "teacher", "final"
 NO_PLACE = {
@@ -272,7 +273,7 @@ def train(config: SFTLoopConfig, model_config: ModelConfig) -> Path:
             f"model_name_or_path is {model_config.model_name_or_path!r}; name the model to be trained as `refiner`"
         )
     check_trackers(config.report_to)
-    out = check_writable(str(config.output_dir))
+    out = checked_folder(Path(str(config.output_dir)), "output_dir")
     config.output_dir = str(out)
     with alone(out, config.process_index == 0):
         return _train(config, model_config, out)

@@ -44,6 +44,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from promptloop_pipeline import tiny
+from promptloop_pipeline.cli import named
 from promptloop_pipeline.evaluation.run import run_arm
 from promptloop_pipeline.refiner import Refinement, View
 from promptloop_pipeline.tiny import glossary, load_pipeline, load_refiner, quiet
@@ -322,7 +324,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
     half = copy.deepcopy(model).to(torch.float16)
     half.save_pretrained(folder)
     processor.save_pretrained(folder)
-    shutil.copyfile(Path(glossary.__file__).parent / "refiner.txt", folder / "template.txt")  # what it is told
+    shutil.copyfile(tiny.TEMPLATE, folder / named.TEMPLATE)
     config = folder / "config.json"  # on disk in half precision, to be loaded in single
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     print(f"saved {folder}", flush=True)

@@ -303,7 +303,7 @@ def _refiner_files(refiner: str | None, template: str | None) -> dict[str, str]:
     from ..dotted import file_of
 
     places = {"template file": Path(template or "").expanduser()}
-    if refiner and not re.match(r"https?://", refiner):
+    if refiner and not is_server(refiner):
         places["refiner files"] = (file_of(refiner) if ":" in refiner else None) or Path(refiner)
     return _check_sums(places)
 

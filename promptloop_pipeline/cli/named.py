@@ -71,6 +71,11 @@ def own_template(refiner: str) -> str | None:
     return str(file.resolve()) if refiner and is_told(refiner) and file.is_file() else None
 
 
+def holds_model(folder: Path) -> bool:
+    """A language model, or an adapter of one."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def is_server(refiner: str) -> bool:
     return bool(SERVER.match(refiner))
 

@@ -55,7 +55,7 @@ def checked_folder(wanted: Path, option: str) -> Path:
     return folder
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: Any) -> None:
     """As a whole or not at all."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -11,12 +11,11 @@ from ..dotted import load_object
 from ..evaluation.arms import ArmSpec
 from ..refiners.template import load_template
 from ..schedule import RefinementSchedule
-from .named import NO_MODEL, OBJECT, is_server, load_refiner
+from .named import NO_MODEL, OBJECT, holds_model, is_server, load_refiner
 
 NAME = re.compile(r"[a-z0-9]([\w.-]{0,62}\w)?", re.ASCII | re.IGNORECASE)  # a folder of that name can be made anywhere
 FILES = ("manifest.json", "results.json", "index.html")  # that lie beside the arms' folders
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-WEIGHTS = ("config.json", "adapter_config.json")
 
 
 def parse_versus(given: Sequence[str], taken: Collection[str]) -> dict[str, tuple[str, str | None]]:
@@ -86,7 +85,7 @@ def check_refiner(refiner: str, template: str | None, server_model: str | None) 
         raise FileNotFoundError(f"there is no refiner at {refiner}; give a folder, a prompt schedule or a hub id that is there")
     if OBJECT.fullmatch(refiner) and not is_server(refiner) and not folder.exists():
         load_object(refiner, "refiner")
-    elif any((folder / name).is_file() for name in WEIGHTS) or (HUB_ID.fullmatch(refiner) and not folder.exists()):
+    elif holds_model(folder) or (HUB_ID.fullmatch(refiner) and not folder.exists()):
         load_template(template or "repair")
     elif refiner not in NO_MODEL:
         load_refiner(refiner, template, server_model)  # a server, a schedule of prompts, or a mistake: none takes time

@@ -23,6 +23,7 @@ _HOME = {
 WEIGHTS = Path(__file__).parent / "weights"
 GENERATORS = ("sd",)
 REFINERS = {"tiny": "refiner", "tiny-warm-up": "warm-up"}  # by name: their folders
+TEMPLATE = Path(__file__).parent / "refiner.txt"  # what they are told
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def load_refiner(name: str = "tiny", **options: Any) -> Any:
 
     with quiet():
         return MLLMRefiner.from_pretrained(
-            WEIGHTS / REFINERS[name], Path(__file__).parent / "refiner.txt", **{"device": "cpu", "max_new_tokens": 96} | options
+            WEIGHTS / REFINERS[name], TEMPLATE, **{"device": "cpu", "max_new_tokens": 96} | options
         )
 
 

@@ -299,8 +299,8 @@ def lesson_repair(
 ) -> Lesson:
     """A preview, half of the time one that wants a change; the request in other words, at times another clause in force.
 
-    unsure: the share of lessons that are answered without a look at the picture, nine in ten with "nothing to change". They make
-    a policy that knows every answer and trusts none, which is where reinforcement learning begins well."""
+    unsure: the share of lessons that are answered without a look at the picture, nine in ten with "nothing to change". After
+    sure ones they make a policy that knows the answers and seldom gives them, with which reinforcement learning begins well."""
     changes = rng.random() < 0.5
     i = rng.choice(previews.wanting[changes] or previews.wanting[not changes])
     prompt, amounts = previews.prompts[i], previews.amounts[i]

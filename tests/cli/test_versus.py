@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from promptloop_pipeline import cli
 from promptloop_pipeline.cli import named
 from promptloop_pipeline.cli.versus import parse_versus
 from promptloop_pipeline.evaluation.scoring import SCORES
@@ -14,7 +12,7 @@ from promptloop_pipeline.trajectory import load
 
 from ..chat import models
 from ..chat.server import Server
-from ..evaluation.test_eval import ORACLE, contents, cut_last_batch, rendered, run, without_timings  # noqa: F401
+from ..evaluation.test_eval import ORACLE, contents, copy, cut_last_batch, finished, rendered, run, without_timings  # noqa: F401
 
 GOLD = "promptloop_pipeline.tiny.refiners:SingleShotRefiner"
 COMMON = (
@@ -58,20 +56,7 @@ class Small(Large):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A finished run; not to be changed."""
-    folder = tmp_path_factory.mktemp("done") / "eval"
-    argv, sys.argv = sys.argv, ["promptloop", "eval", *COMMON, *OTHERS, "--report", str(folder)]
-    try:
-        cli.main()
-    except SystemExit as e:
-        assert not e.code
-    finally:
-        sys.argv = argv
-    return folder
-
-
-@pytest.fixture
-def copy(done, tmp_path):
-    return shutil.copytree(done, tmp_path / "eval")
+    return finished(tmp_path_factory.mktemp("done") / "eval", *COMMON, *OTHERS)
 
 
 def pictures(folder):

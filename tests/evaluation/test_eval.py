@@ -60,11 +60,9 @@ def contents(folder):
     return {p.relative_to(folder): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A finished run of all arms; not to be changed."""
-    folder = tmp_path_factory.mktemp("done") / "eval"
-    argv, sys.argv = sys.argv, ["promptloop", "eval", *COMMON, "--report", str(folder)]
+def finished(folder, *args):
+    """The folder, with a run that went through."""
+    argv, sys.argv = sys.argv, ["promptloop", "eval", *args, "--report", str(folder)]
     try:
         cli.main()
     except SystemExit as e:
@@ -72,6 +70,12 @@ def done(tmp_path_factory):
     finally:
         sys.argv = argv
     return folder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run of all arms; not to be changed."""
+    return finished(tmp_path_factory.mktemp("done") / "eval", *COMMON)
 
 
 @pytest.fixture
