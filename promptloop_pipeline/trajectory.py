@@ -91,7 +91,7 @@ def save(trajectories: Iterable[Trajectory], folder: str | Path) -> Path:
     """
     folder = Path(folder)
     file = folder / FILE
-    records = [(t, _record(t)) for t in trajectories]
+    records = [(t, to_record(t)) for t in trajectories]
     try:
         (folder / "images").mkdir(parents=True, exist_ok=True)
         for t, record in records:
@@ -182,14 +182,20 @@ def _read_image(name: str | None, folder: Path) -> Image | None:
         return image.copy()
 
 
-def _record(t: Trajectory) -> dict[str, Any]:
+def to_record(t: Trajectory) -> dict[str, Any]:
+    """A run as JSON values, without its pictures. Raises ValueError for an id that is no plain name."""
     if not re.fullmatch(r"[\w-]{1,64}", t.id):
         raise ValueError(f"the id {t.id!r} cannot name files; use 1 to 64 letters, digits, - and _")
     turns = [{f.name: getattr(turn, f.name) for f in fields(Turn) if f.name != "image"} for turn in t.turns]
-    others = [_record(other) for other in t.others]
+    others = [to_record(other) for other in t.others]
     return {
         "version": VERSION, "id": t.id, "request": t.request, "scores": t.scores, "meta": t.meta, "turns": turns, "others": others,
     }  # fmt: skip
+
+
+def from_record(record: dict[str, Any]) -> Trajectory:
+    """What `to_record` made of a run. Raises ValueError, KeyError or TypeError for what is none."""
+    return _from_record(record, Path(), False, False)
 
 
 def _from_record(record: dict[str, Any], folder: Path, pictures: bool = True, previews: bool = True) -> Trajectory:

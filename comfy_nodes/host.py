@@ -1,0 +1,392 @@
+"""ComfyUI as a host of the loop: one wrapper around a guider's sampling, for every sampler, guider and model family.
+
+`with_loop(model, loop)` gives a MODEL whose sampling is refined. The wrapper (OUTER_SAMPLE) sees the x0-estimate in the sampler's own
+callback, once a step, after the first model call of that step and before x moves. So what comes of looking at step k's estimate acts on
+the rest of step k in samplers that call the model again within a step (heun, dpm_2, dpmpp_sde, ...), and from step k + 1 on in all
+others; multistep samplers mix one prediction with the old prompt into it. Turns are numbered as everywhere: a turn at step k + 1 looks
+at the estimate of step k.
+
+The swap replaces the text of the positive conditioning and nothing else: what other nodes have hung on it (ControlNet, area, mask, time
+range, hooks, guidance, reference latents) stays.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from promptloop_pipeline.schedule import RefinementSchedule
+from promptloop_pipeline.session import Session
+from promptloop_pipeline.trajectory import Trajectory
+
+from . import live
+from .pictures import data_uri, samples_of
+
+KEY = "promptloop"
+TARGET = "promptloop_target"  # on conditioning entries that may be rewritten
+_TEXT = {"cross_attn", "model_conds", "uuid", "clip_start_percent", "clip_end_percent"}
+Cond = dict[str, Any]
+
+
+@dataclass
+class Loop:
+    """What an artist sets on one of our nodes, and what came of it. ComfyUI keeps it from one prompt to the next, so that nothing in it
+    may depend on the run at hand.
+
+    request: the words that the positive conditioning was made of. preview: "vae" or "fast" (the latent preview's rough colours).
+    strict: a failing refiner ends the run with its error; else the prompt is kept. wait: False goes on sampling while the refiner
+    thinks. source: show the refiner what an image-to-image run starts from. owner: id of the node on which the timeline is drawn.
+    """
+
+    refiner: Any
+    clip: Any
+    vae: Any
+    request: str
+    refine_at: str = "20%, 50%, 80%"
+    preview: str = "vae"
+    strict: bool = False
+    wait: bool = True
+    source: bool = False
+    owner: str | None = None
+    runs: dict[str, tuple[str, list[Trajectory]]] = field(default_factory=dict)  # by sampler node: its prompt id, its runs
+
+    def __post_init__(self) -> None:
+        if not self.request.strip():
+            raise ValueError(
+                "the prompt is empty; write what the picture should show, the same words as in the positive prompt"
+            )
+        RefinementSchedule.parse(self.refine_at)
+        if not self.wait and (name := _local(self.refiner)):
+            raise ValueError(
+                f"the refiner {name} works in ComfyUI's memory, so the sampler has to wait for it; switch on wait, "
+                "or use a refiner at an endpoint"
+            )
+
+    def add(self, trajectories: Sequence[Trajectory]) -> None:
+        """Keeps a run under the node that executes; runs of earlier prompts give way."""
+        prompt_id, node = live.where()
+        before = self.runs.get(str(node), ("", []))
+        kept = before[1] if before[0] == str(prompt_id) else []
+        self.runs[str(node)] = (str(prompt_id), [*kept, *trajectories])
+        if node is not None:
+            live.keep(self.runs[node][1])
+
+
+def _local(refiner: Any) -> str | None:
+    """The name of what is managed by ComfyUI, in a refiner or in what it stands around."""
+    while refiner is not None:
+        if getattr(refiner, "managed", False):
+            return repr(refiner)
+        refiner = getattr(refiner, "refiner", None)
+    return None
+
+
+def with_loop(model: Any, loop: Loop) -> Any:
+    """A clone of a MODEL that is refined by `loop` wherever it is sampled. Raises ValueError for one that has a loop already."""
+    from comfy.patcher_extension import WrappersMP
+
+    if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        raise ValueError("this model has a PromptLoop already; give each sampler one of them, from the model without it")
+    patched = model.clone()
+    patched.add_wrapper_with_key(
+        WrappersMP.OUTER_SAMPLE, KEY, lambda execute, *args, **kwargs: Run(loop, execute)(*args, **kwargs)
+    )
+    return patched
+
+
+class Run:
+    """One sampling with a loop."""
+
+    def __init__(self, loop: Loop, execute: Any) -> None:
+        self.loop, self.execute, self.guider = loop, execute, execute.class_obj
+        self.total = 0
+
+    def __call__(
+        self, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, denoise_mask: Any = None, callback: Any = None,
+        disable_pbar: bool = False, seed: int | None = None, **extra: Any,
+    ) -> Any:  # fmt: skip
+        from comfy.model_management import InterruptProcessingException, processing_interrupted
+
+        loop, self.extra = self.loop, extra
+        self.noise, self.latent_image, self.denoise_mask, self.seed = noise, latent_image, denoise_mask, seed
+        self.prompt_id, self.node = live.where()
+        self.total, count = len(sigmas) - 1, noise.shape[0]
+        self.targets = self.find_targets()
+        self.session = Session(
+            [loop.request] * count, loop.refiner, loop.refine_at, strict=loop.strict, cancel=InterruptProcessingException,
+            meta=[{"host": "ComfyUI", "seed": seed, "sampler": _name(sampler), "index": k} for k in range(count)],
+            asynchronous=not loop.wait, interrupted=processing_interrupted,
+        )  # fmt: skip
+        last = -1
+
+        def on_step(step: int, x0: Any, x: Any, total: int) -> None:
+            nonlocal last
+            if callback is not None:
+                callback(step, x0, x, total)  # ComfyUI's own: the bar, its preview; raises on cancel
+            if last < step and step + 1 < self.total:  # the rest of a last step has nothing left to be refined
+                last = step
+                self.turn(step + 1, float(sigmas[step]), lambda: self.pictures(self.decoded(x0)))
+
+        try:
+            self.session.start(self.total)
+            live.send("begin", requests=self.session.prompts, num_steps=self.total, due=list(self.session.due), **self.ids())
+            if loop.source and bool(latent_image.any()):
+                self.session.sources = self.pictures(self.loop.vae.decode(self.unpacked(latent_image)))
+            self.turn(0, None, None)
+            result = self.execute(noise, latent_image, sampler, sigmas, denoise_mask, on_step, disable_pbar, seed, **extra)
+            self.finish(result, float(sigmas[-1]))
+            return result
+        except BaseException:
+            self.session.give_up("not applied: the run was stopped")
+            raise
+        finally:
+            trajectories = self.session.trajectories
+            loop.add(trajectories)
+            failures = sum(len(t.failures) for t in trajectories)
+            live.send("end", prompts=self.session.prompts, failures=failures, **self.ids())
+
+    def ids(self) -> dict[str, Any]:
+        return {"prompt_id": self.prompt_id, "node": self.node, "owner": self.loop.owner or self.node}
+
+    # --- turns ----------------------------------------------------------------------------------------------------------
+
+    def turn(self, step: int, sigma: float | None, preview: Callable[[], list[Any]] | None) -> None:
+        """Takes the turn that is due before `step`, if one is."""
+        if not self.session.wants(step):
+            return
+        before = [len(t.turns) for t in self.session.trajectories]
+        prompts = self.observe(step, sigma, preview)
+        if prompts is not None:
+            clock = time.perf_counter()
+            try:
+                self.swap(prompts, running=step > 0)
+                self.session.applied(time.perf_counter() - clock)
+            except Exception as e:
+                if isinstance(e, self.session.cancel):
+                    raise
+                self.session.rejected(e)
+                prompts = None
+        if prompts is None and step > 0:
+            self.bring_back(self.guider.original_conds)
+        self.report(before, step)
+
+    def observe(self, step: int, sigma: float | None, preview: Callable[[], list[Any]] | None) -> list[str] | None:
+        """Asks the session. A refiner that draws from the global random state must not shift the sampler's noise."""
+        import torch
+        from comfy.model_management import throw_exception_if_processing_interrupted
+
+        device = self.guider.model_patcher.load_device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            live.say(f"PromptLoop: looking at step {step} of {self.total} ...", self.node)
+            prompts = self.session.observe(step, sigma, preview)
+        throw_exception_if_processing_interrupted()
+        return prompts
+
+    def finish(self, result: Any, sigma: float) -> None:
+        """The turn "end", if there is one: it looks at the finished picture."""
+        before = [len(t.turns) for t in self.session.trajectories]
+        self.session.finish(None, sigma, lambda: self.pictures(self.loop.vae.decode(self.unpacked(result))))
+        for trajectory, had in zip(self.session.trajectories, before, strict=True):
+            if len(trajectory.turns) > had:
+                trajectory.image = trajectory.turns[-1].image
+        self.report(before, self.total)
+
+    def report(self, before: Sequence[int], step: int) -> None:
+        for sample, (trajectory, had) in enumerate(zip(self.session.trajectories, before, strict=True)):
+            for turn in trajectory.turns[had:]:
+                image = None if turn.image is None else data_uri(turn.image)
+                live.send("turn", sample=sample, turn=live.turn_data(turn, image), **self.ids())
+                if sample == 0 and turn.image is not None:
+                    live.show(turn.image, step, self.total, self.node)
+                if sample == 0:
+                    what = f"kept, since it failed: {turn.error}" if turn.error else turn.after
+                    live.say(f"PromptLoop, step {turn.step} of {self.total}: {what}", self.node)
+
+    # --- pictures -------------------------------------------------------------------------------------------------------
+
+    def decoded(self, x0: Any) -> Any:
+        """The x0-estimate, in the model's own space, as pictures [N, H, W, C] in 0..1. May push the model off the GPU."""
+        import torch
+
+        x0 = self.unpacked(self.guider.inner_model.process_latent_out(x0.to(torch.float32)))
+        if self.loop.preview == "vae":
+            return self.loop.vae.decode(x0)
+        from latent_preview import Latent2RGBPreviewer
+
+        form = self.guider.inner_model.latent_format
+        if form.latent_rgb_factors is None:
+            raise ValueError("this model has no fast preview; set preview to vae")
+        names = ("latent_rgb_factors", "latent_rgb_factors_bias", "latent_rgb_factors_reshape")
+        previewer = Latent2RGBPreviewer(*(getattr(form, n) for n in names if hasattr(form, n)))
+        rough = form.process_in(x0)
+        return _stacked([previewer.decode_latent_to_preview(rough[k : k + 1]) for k in range(rough.shape[0])])
+
+    def unpacked(self, latent: Any) -> Any:
+        """The picture's part of a latent that holds sound too."""
+        import comfy.utils
+
+        shapes = self.extra.get("latent_shapes")
+        return comfy.utils.unpack_latents(latent, shapes)[0] if shapes is not None and len(shapes) > 1 else latent
+
+    def pictures(self, decoded: Any) -> list[Any]:
+        return samples_of(decoded, self.noise.shape[0])
+
+    # --- the swap -------------------------------------------------------------------------------------------------------
+
+    def find_targets(self) -> list[int]:
+        """Which positive entries may be rewritten: those that are marked; else those that were made of the request; else the only one.
+
+        Raises ValueError when that leaves a choice, or when there is nothing positive.
+        """
+        positive = self.guider.original_conds.get("positive")
+        if not positive:
+            raise ValueError(f"{type(self.guider).__name__} has no positive conditioning, so there is no prompt to refine")
+        if marked := [k for k, cond in enumerate(positive) if cond.get(TARGET)]:
+            return marked
+        if len(positive) == 1:
+            return [0]
+        made = [cond["cross_attn"] for cond in self.encode(self.loop.request) if "cross_attn" in cond]
+        same = [k for k, cond in enumerate(positive) if any(_equal(cond.get("cross_attn"), m) for m in made)]
+        if not same:
+            raise ValueError(
+                f"the positive conditioning has {len(positive)} entries, and none was made of the prompt {self.loop.request!r}; "
+                "mark the one that may be rewritten with a Refinement Target node, or use the same words there and here"
+            )
+        return same
+
+    def encode(self, text: str) -> list[Cond]:
+        import comfy.sampler_helpers
+
+        return comfy.sampler_helpers.convert_cond(self.loop.clip.encode_from_tokens_scheduled(self.loop.clip.tokenize(text)))
+
+    def swap(self, prompts: Sequence[str], running: bool) -> None:
+        """Puts the prompts, one for each sample, in the place of the text. running: whether sampling has begun."""
+        import comfy.samplers
+
+        guider = self.guider
+        conds = {k: [c.copy() for c in v] for k, v in guider.original_conds.items()}
+        conds["positive"] = rewritten(conds["positive"], self.targets, prompts, self.loop.request, self.encode)
+        comfy.samplers.preprocess_conds_hooks(conds)
+        comfy.samplers.filter_registered_hooks_on_conds(conds, guider.model_options)
+        if not running:
+            guider.conds = conds
+            return
+        self.bring_back(conds)
+        device = guider.model_patcher.load_device
+        latent_image = self.latent_image.to(device)
+        if bool(latent_image.any()):  # as ComfyUI does: an empty latent is not shifted
+            latent_image = guider.inner_model.process_latent_in(latent_image)
+        known = inspect.signature(comfy.samplers.process_conds).parameters
+        guider.conds = comfy.samplers.process_conds(
+            guider.inner_model, self.noise.to(device), conds, device, latent_image, self.denoise_mask, self.seed,
+            **{k: v for k, v in self.extra.items() if k in known},
+        )  # fmt: skip
+
+    def bring_back(self, conds: dict[str, list[Cond]]) -> None:
+        """Decoding, encoding and the refiner may have pushed the diffusion model and its LoRA out; costs nothing if they have not."""
+        import comfy.sampler_helpers
+
+        guider = self.guider
+        guider.inner_model, _, guider.loaded_models = comfy.sampler_helpers.prepare_sampling(
+            guider.model_patcher, self.noise.shape, conds, guider.model_options
+        )
+
+
+# --- conditioning -------------------------------------------------------------------------------------------------------
+
+
+def rewritten(
+    positive: Sequence[Cond], targets: Sequence[int], prompts: Sequence[str], request: str, encode: Callable[[str], list[Cond]]
+) -> list[Cond]:
+    """The positive conditioning with other text in its targets. A sample whose prompt is the request has what it had.
+
+    Raises ValueError when the samples' prompts give conditionings that do not go in one batch.
+    """
+    if all(p == request for p in prompts):
+        return list(positive)
+    same = all(p == prompts[0] for p in prompts)
+    texts = {p: encode(p) for p in dict.fromkeys(prompts) if same or p != request}
+    found: list[Cond] = []
+    rests: list[Cond] = []
+    for k, old in enumerate(positive):
+        if k not in targets:
+            found.append(old)
+            continue
+        news = (
+            texts[prompts[0]] if same else batched([texts.get(p) or [_text_of(old, texts, i)] for i, p in enumerate(prompts)])
+        )
+        names = _TEXT | {name for new in news for name in new if not (name == "hooks" and "hooks" in old)}
+        rest = {name: value for name, value in old.items() if name not in names}
+        if any(_same(rest, other) for other in rests):
+            continue  # the parts of one text that its encoder splits by time: they are all in `news`
+        rests.append(rest)
+        found += [{**{n: v for n, v in new.items() if n not in rest}, **rest, "model_conds": {}} for new in news]
+    return found
+
+
+def _text_of(old: Cond, texts: dict[str, list[Cond]], row: int) -> Cond:
+    """What of an entry is its text, for one sample: whatever the encoder gives for any text."""
+    names = _TEXT | {name for news in texts.values() for new in news for name in new}
+    return {name: _row(value, row) for name, value in old.items() if name in names and name != "hooks"}
+
+
+def _row(value: Any, row: int) -> Any:
+    """Of a conditioning that has one for each sample; ComfyUI begins anew where there are fewer."""
+    rows = getattr(value, "shape", (0,))
+    return value[row % rows[0]][None] if len(rows) > 1 and rows[0] > 1 else value
+
+
+def batched(samples: Sequence[list[Cond]]) -> list[Cond]:
+    """One conditioning with a row for each sample, from those of the samples."""
+    import torch
+
+    if len({len(s) for s in samples}) > 1:
+        raise ValueError("the prompts of this batch are encoded in different numbers of parts; use a batch size of 1")
+    found = []
+    for parts in zip(*samples, strict=True):
+        entry = dict(parts[0])
+        for name in {name for part in parts for name in part} - {"uuid", "model_conds"}:
+            values = [part.get(name) for part in parts]
+            if all(isinstance(v, torch.Tensor) for v in values):
+                entry[name] = torch.cat(_as_long([v[:1] if v.ndim else v.reshape(1) for v in values], name))
+            elif any(isinstance(v, torch.Tensor) for v in values) or any(v != values[0] for v in values):
+                raise ValueError(f"the prompts of this batch differ in {name}, which is one for all; use a batch size of 1")
+        found.append(entry)
+    return found
+
+
+def _as_long(rows: list[Any], name: str) -> list[Any]:
+    """Texts of one, two, ... windows are repeated to the same length, which leaves attention as it is (as ComfyUI does)."""
+    lengths = {r.shape[1] for r in rows if r.ndim > 1}
+    if len(lengths) < 2:
+        return rows
+    longest = math.lcm(*lengths)
+    if longest > 4 * max(lengths) or name == "pooled_output":
+        lengths_ = ", ".join(map(str, sorted(lengths)))
+        raise ValueError(f"the prompts of this batch are encoded in unlike lengths ({lengths_}); use a batch size of 1")
+    return [r.repeat(1, longest // r.shape[1], *[1] * (r.ndim - 2)) for r in rows]
+
+
+def _same(a: Cond, b: Cond) -> bool:
+    return a.keys() == b.keys() and all(a[k] is b[k] or (isinstance(a[k], (int, float, str)) and a[k] == b[k]) for k in a)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    import torch
+
+    return a is not None and b is not None and a.shape == b.shape and bool(torch.equal(a.cpu(), b.cpu()))
+
+
+def _stacked(pictures: Sequence[Any]) -> Any:
+    from .pictures import to_image
+
+    return to_image(pictures)
+
+
+def _name(sampler: Any) -> str:
+    function = getattr(sampler, "sampler_function", None)
+    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")

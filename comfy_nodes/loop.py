@@ -1,0 +1,411 @@
+"""The loop's own nodes: a MODEL or a GUIDER with a loop in it, for any sampler; a sampler with all outputs; what goes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from promptloop_pipeline.schedule import RefinementSchedule
+
+from .types import HISTORY, REFINER, RUN
+
+_AT = "20%, 50%, 80%"
+_AT_HELP = (
+    'When to look: "start" (rewrites before the first step, nothing to see yet), "6" (a step), "20%, 50%" (shares of the run), '
+    '"every 4", "end" (looks at the finished picture), or several of these with commas.'
+)
+
+
+def _prompt() -> Any:
+    return io.String.Input(
+        "prompt",
+        multiline=True,
+        dynamic_prompts=True,
+        tooltip="What you want to see, in the same words as in the positive prompt. The refiner compares the preview with it.",
+    )
+
+
+def _refine_at() -> Any:
+    return io.String.Input("refine_at", default=_AT, tooltip=_AT_HELP)
+
+
+def _loop_inputs() -> list[Any]:
+    return [
+        REFINER.Input("refiner", tooltip="Who looks at the preview and rewrites the prompt."),
+        io.Clip.Input("clip", tooltip="Encodes the rewritten prompt: the one that encoded the positive prompt."),
+        io.Vae.Input("vae", tooltip="Decodes the preview that the refiner looks at."),
+    ]
+
+
+def _options() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "preview",
+            options=["vae", "fast"],
+            default="vae",
+            optional=True,
+            tooltip="What the refiner sees: the preview decoded by the VAE, or rough colours that cost nothing.",
+        ),
+        io.Combo.Input(
+            "on_error",
+            options=["keep the prompt", "stop"],
+            default="keep the prompt",
+            optional=True,
+            tooltip="When the refiner fails: keep the prompt and finish the picture, or stop with the error.",
+        ),
+        io.Boolean.Input(
+            "wait",
+            default=True,
+            optional=True,
+            tooltip="Wait for the refiner. Off: sampling goes on while a refiner at an endpoint thinks; its answer acts when it comes.",
+        ),
+        io.Boolean.Input(
+            "show_source",
+            default=False,
+            optional=True,
+            tooltip="In image-to-image runs, also show the refiner the picture that the run starts from.",
+        ),
+    ]
+
+
+def _loop(
+    cls: Any, refiner: Any, clip: Any, vae: Any, prompt: str, refine_at: str, preview: str = "vae",
+    on_error: str = "keep the prompt", wait: bool = True, show_source: bool = False,
+) -> Any:  # fmt: skip
+    from .host import Loop
+
+    strict = on_error == "stop"
+    return Loop(refiner, clip, vae, prompt, refine_at, preview, strict, wait, show_source, owner=str(cls.hidden.unique_id))
+
+
+def _readable(refine_at: str | None, steps: int | None = None) -> bool | str:
+    """For validate_inputs: True, or what is wrong. Values that come along a wire are None."""
+    try:
+        if refine_at is not None:
+            schedule = RefinementSchedule.parse(refine_at)
+            if steps is not None:
+                schedule.steps(steps)
+    except ValueError as e:
+        return str(e)
+    return True
+
+
+class PromptLoop(io.ComfyNode):
+    """MODEL -> MODEL, for any sampler."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="PromptLoop",
+            display_name="PromptLoop (any sampler)",
+            category="PromptLoop",
+            description="Puts the loop into a model: whatever samples it shows its preview to the refiner, who rewrites the prompt.",
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model, with its LoRA and other patches."),
+                *_loop_inputs(),
+                _prompt(),
+                _refine_at(),
+                *_options(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler."),
+                RUN.Output(display_name="run", tooltip="For PromptLoop Result, which tells what happened."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, refine_at: str | None = None) -> bool | str:
+        return _readable(refine_at)
+
+    @classmethod
+    def execute(cls, model: Any, **given: Any) -> Any:
+        from .host import with_loop
+
+        loop = _loop(cls, **given)
+        return io.NodeOutput(with_loop(model, loop), loop)
+
+
+class PromptLoopGuider(io.ComfyNode):
+    """GUIDER -> GUIDER, for custom sampling."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="PromptLoopGuider",
+            display_name="PromptLoop Guider",
+            category="PromptLoop",
+            description="Puts the loop into any guider (CFG, Basic, DualCFG, of other packs): its positive prompt is refined.",
+            inputs=[
+                io.Guider.Input("guider", tooltip="Any guider with a positive conditioning."),
+                *_loop_inputs(),
+                _prompt(),
+                _refine_at(),
+                *_options(),
+            ],
+            outputs=[
+                io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced."),
+                RUN.Output(display_name="run", tooltip="For PromptLoop Result, which tells what happened."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, refine_at: str | None = None) -> bool | str:
+        return _readable(refine_at)
+
+    @classmethod
+    def execute(cls, guider: Any, **given: Any) -> Any:
+        import copy
+
+        from .host import with_loop
+
+        loop, guided = _loop(cls, **given), copy.copy(guider)
+        guided.original_conds = dict(guider.original_conds)
+        guided.model_patcher = with_loop(guider.model_patcher, loop)
+        guided.model_options = guided.model_patcher.model_options
+        return io.NodeOutput(guided, loop)
+
+
+class PromptLoopSampler(io.ComfyNode):
+    """KSampler with the loop, and everything that comes of it as outputs."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        import comfy.samplers
+
+        return io.Schema(
+            node_id="PromptLoopSampler",
+            display_name="PromptLoop Sampler",
+            category="PromptLoop",
+            description="KSampler with the loop in it. Draws the timeline while it works: what was seen, what changed, and why.",
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model, with its LoRA and other patches."),
+                *_loop_inputs(),
+                io.Conditioning.Input("negative", tooltip="What you do not want to see. It is never rewritten."),
+                io.Latent.Input("latent_image", tooltip="What to start from: an empty latent, or an encoded picture."),
+                _prompt(),
+                _refine_at(),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Of the noise at the start."
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of denoising steps."),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance scale."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any of ComfyUI's."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="Noise levels of the steps."),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1: how much of the picture to change."
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="The positive prompt with what hangs on it (ControlNet, masks, areas). Left open: the prompt as it is.",
+                ),
+                *_options(),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The finished latent."),
+                io.Latent.Output(display_name="denoised", tooltip="The last x0-estimate."),
+                io.Image.Output(display_name="timeline", tooltip="All previews that were looked at, in order."),
+                io.String.Output(display_name="final_prompt", tooltip="The prompt at the end; one line for each picture."),
+                HISTORY.Output(display_name="history", tooltip="The whole record, for the history nodes."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, refine_at: str | None = None) -> bool | str:
+        return _readable(refine_at)
+
+    @classmethod
+    def execute(
+        cls, model: Any, negative: Any, latent_image: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
+        denoise: float, positive: Any = None, **given: Any,
+    ) -> Any:  # fmt: skip
+        from .host import with_loop
+
+        loop = _loop(cls, **given)
+        if (wrong := _readable(loop.refine_at, steps)) is not True:
+            raise ValueError(wrong)
+        patched = with_loop(model, loop)
+        if positive is None:
+            positive = loop.clip.encode_from_tokens_scheduled(loop.clip.tokenize(loop.request))
+        latent, denoised = _sampled(
+            patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
+        )
+        return _output(cls, latent, _made(loop, str(cls.hidden.unique_id)), denoised)
+
+
+def _sampled(
+    model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any, latent: Any,
+    denoise: float,
+) -> tuple[Any, Any]:  # fmt: skip
+    """As ComfyUI's KSampler does; the last x0-estimate beside it."""
+    import comfy.sample
+    import comfy.utils
+    import latent_preview
+
+    start = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(start, seed, latent.get("batch_index"))
+    last: dict[str, Any] = {}
+    samples = comfy.sample.sample(
+        model, noise, steps, cfg, sampler_name, scheduler, positive, negative, start, denoise=denoise,
+        noise_mask=latent.get("noise_mask"), callback=latent_preview.prepare_callback(model, steps, last),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+    )  # fmt: skip
+    denoised = samples if "x0" not in last else model.model.process_latent_out(last["x0"].float().cpu())
+    return latent | {"samples": samples}, latent | {"samples": denoised.to(samples.device)}
+
+
+class PromptLoopResult(io.ComfyNode):
+    """What happened in a sampler that is not ours."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="PromptLoopResult",
+            display_name="PromptLoop Result",
+            category="PromptLoop",
+            description="Between a sampler and the VAE: passes the latent through, and tells what the loop did in that sampler.",
+            inputs=[
+                RUN.Input("run", tooltip="Of the PromptLoop node, or PromptLoop Guider, that the sampler uses."),
+                io.Latent.Input("latent", tooltip="What the sampler made."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The same latent."),
+                io.Image.Output(display_name="timeline", tooltip="All previews that were looked at, in order."),
+                io.String.Output(display_name="final_prompt", tooltip="The prompt at the end; one line for each picture."),
+                HISTORY.Output(display_name="history", tooltip="The whole record, for the history nodes."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(cls, run: Any, latent: Any) -> Any:
+        from . import live
+
+        nodes = live.upstream(cls.hidden.prompt or {}, str(cls.hidden.unique_id), "latent")
+        sampler = next((node for node in nodes if node in run.runs), None)
+        if sampler is None:
+            raise ValueError(
+                "no sampler before this node has used this run; connect run of the PromptLoop node whose model, or guider, the "
+                "sampler uses, and the latent of that sampler"
+            )
+        return _output(cls, latent, _made(run, sampler))
+
+
+def _made(loop: Any, sampler: str) -> list[Any]:
+    return loop.runs.get(sampler, ("", []))[1]
+
+
+def _output(cls: Any, latent: Any, trajectories: list[Any], *denoised: Any) -> Any:
+    from . import live
+    from .pictures import timeline
+
+    final = "\n".join(dict.fromkeys(t.prompt for t in trajectories))
+    shown = live.ui_of(trajectories, cls) | {"text": (final,)}
+    return io.NodeOutput(latent, *denoised, timeline(trajectories), final, trajectories, ui=shown)
+
+
+class PromptLoopSchedule(io.ComfyNode):
+    """When to look, by numbers."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="PromptLoopSchedule",
+            display_name="Refinement Schedule",
+            category="PromptLoop",
+            description="Says when the refiner looks, for the input refine_at.",
+            inputs=[
+                io.Boolean.Input(
+                    "start", default=False, tooltip="Also rewrite before the first step, with nothing to see yet."
+                ),
+                io.Int.Input("looks", default=3, min=0, max=100, tooltip="How many looks, evenly from first to last."),
+                io.Float.Input("first", default=20.0, min=0.0, max=100.0, step=1.0, tooltip="The first look, in % of the run."),
+                io.Float.Input("last", default=80.0, min=0.0, max=100.0, step=1.0, tooltip="The last look, in % of the run."),
+                io.Boolean.Input(
+                    "end", default=False, tooltip="Also look at the finished picture; that changes nothing in it."
+                ),
+                io.String.Input("more", default="", tooltip='More turns as text: "6, 12" for steps, "every 4".'),
+            ],
+            outputs=[io.String.Output(display_name="refine_at", tooltip="For the input refine_at.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, more: str | None = None) -> bool | str:
+        return _readable(more) if more and more.strip() else True
+
+    @classmethod
+    def execute(cls, start: bool, looks: int, first: float, last: float, end: bool, more: str) -> Any:
+        shares = [first + (last - first) * k / max(looks - 1, 1) for k in range(looks)]
+        items = ["start"] * start + [f"{s:.4g}%" for s in shares] + ["end"] * end + ([more] if more.strip() else [])
+        return io.NodeOutput(str(RefinementSchedule.parse(", ".join(items) or "none")))
+
+
+class PromptLoopTarget(io.ComfyNode):
+    """Marks what may be rewritten."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="PromptLoopTarget",
+            display_name="Refinement Target",
+            category="PromptLoop",
+            description="Marks a conditioning as the one that may be rewritten, where several are combined (regional prompts).",
+            inputs=[io.Conditioning.Input("conditioning", tooltip="The prompt that may be rewritten, before it is combined.")],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The same, marked.")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: Any) -> Any:
+        import node_helpers
+
+        from .host import TARGET
+
+        return io.NodeOutput(node_helpers.conditioning_set_values(conditioning, {TARGET: True}))
+
+
+class PromptLoopGuard(io.ComfyNode):
+    """What a refiner may do to a prompt."""
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="PromptLoopGuard",
+            display_name="Guard Refiner",
+            category="PromptLoop",
+            description="Limits what a refiner may do to your words. Whatever it does is noted in the history.",
+            inputs=[
+                REFINER.Input("refiner", tooltip="Any refiner."),
+                io.Boolean.Input(
+                    "keep_my_words", default=False, tooltip="Your own words stay in front; it may only add to them."
+                ),
+                io.String.Input(
+                    "must_keep", default="", tooltip="Terms that may not get lost, with commas; a lost one is put back."
+                ),
+                io.Float.Input(
+                    "max_change",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Share of the words that one turn may change.",
+                ),
+            ],
+            outputs=[REFINER.Output(display_name="refiner", tooltip="The same refiner, guarded.")],
+        )
+
+    @classmethod
+    def execute(cls, refiner: Any, keep_my_words: bool, must_keep: str, max_change: float) -> Any:
+        from promptloop_pipeline.refiners.guards import GuardedRefiner
+
+        terms = [term.strip() for term in must_keep.split(",") if term.strip()]
+        limit = max_change if max_change < 1 else None
+        return io.NodeOutput(GuardedRefiner(refiner, prefix=keep_my_words, must_keep=terms, max_change=limit))
+
+
+NODES = [
+    PromptLoop, PromptLoopResult, PromptLoopSampler, PromptLoopGuider, PromptLoopSchedule, PromptLoopTarget, PromptLoopGuard,
+]  # fmt: skip
