@@ -9,7 +9,7 @@ import importlib
 import logging
 from typing import Any
 
-FILES = ("embedded", "loaders", "loop", "rewrite", "reward", "history", "ask")
+FILES = ("embedded", "loaders", "loop", "control", "rewrite", "reward", "history", "ask")
 logger = logging.getLogger("promptloop")
 
 

@@ -24,7 +24,7 @@ from promptloop_pipeline.session import Session
 from promptloop_pipeline.trajectory import Trajectory
 
 from . import live
-from .pictures import data_uri, samples_of
+from .pictures import data_uri, samples_of, to_image
 
 KEY = "promptloop"
 TARGET = "promptloop_target"  # on conditioning entries that may be rewritten
@@ -223,7 +223,7 @@ class Run:
         names = ("latent_rgb_factors", "latent_rgb_factors_bias", "latent_rgb_factors_reshape")
         previewer = Latent2RGBPreviewer(*(getattr(form, n) for n in names if hasattr(form, n)))
         rough = form.process_in(x0)
-        return _stacked([previewer.decode_latent_to_preview(rough[k : k + 1]) for k in range(rough.shape[0])])
+        return to_image([previewer.decode_latent_to_preview(rough[k : k + 1]) for k in range(rough.shape[0])])
 
     def unpacked(self, latent: Any) -> Any:
         """The picture's part of a latent that holds sound too."""
@@ -379,12 +379,6 @@ def _equal(a: Any, b: Any) -> bool:
     import torch
 
     return a is not None and b is not None and a.shape == b.shape and bool(torch.equal(a.cpu(), b.cpu()))
-
-
-def _stacked(pictures: Sequence[Any]) -> Any:
-    from .pictures import to_image
-
-    return to_image(pictures)
 
 
 def _name(sampler: Any) -> str:

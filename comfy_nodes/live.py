@@ -120,7 +120,7 @@ class _Shared(dict):
 
 def on_prompt(request: dict[str, Any]) -> dict[str, Any]:
     """Called by the server with each prompt, before it is queued."""
-    graph = request.get("prompt")
+    graph: Any = request.get("prompt")
     ours = isinstance(graph, dict) and any(str(_class(node)).startswith("PromptLoop") for node in graph.values())
     if ours and isinstance(extra := request.setdefault("extra_data", {}), dict):
         runs = {node: _finished[key] for node in graph if (key := signature(graph, node)) in _finished}

@@ -1,4 +1,4 @@
-"""The loop's own nodes: a MODEL or a GUIDER with a loop in it, for any sampler; a sampler with all outputs; what goes with them."""
+"""The loop's own nodes: a MODEL or a GUIDER with a loop in it, for any sampler, and a sampler with all outputs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _loop(
     return Loop(refiner, clip, vae, prompt, refine_at, preview, strict, wait, show_source, owner=str(cls.hidden.unique_id))
 
 
-def _readable(refine_at: str | None, steps: int | None = None) -> bool | str:
+def readable(refine_at: str | None, steps: int | None = None) -> bool | str:
     """For validate_inputs: True, or what is wrong. Values that come along a wire are None."""
     try:
         if refine_at is not None:
@@ -117,7 +117,7 @@ class PromptLoop(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, refine_at: str | None = None) -> bool | str:
-        return _readable(refine_at)
+        return readable(refine_at)
 
     @classmethod
     def execute(cls, model: Any, **given: Any) -> Any:
@@ -153,7 +153,7 @@ class PromptLoopGuider(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, refine_at: str | None = None) -> bool | str:
-        return _readable(refine_at)
+        return readable(refine_at)
 
     @classmethod
     def execute(cls, guider: Any, **given: Any) -> Any:
@@ -216,7 +216,7 @@ class PromptLoopSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, refine_at: str | None = None) -> bool | str:
-        return _readable(refine_at)
+        return readable(refine_at)
 
     @classmethod
     def execute(
@@ -226,7 +226,7 @@ class PromptLoopSampler(io.ComfyNode):
         from .host import with_loop
 
         loop = _loop(cls, **given)
-        if (wrong := _readable(loop.refine_at, steps)) is not True:
+        if (wrong := readable(loop.refine_at, steps)) is not True:
             raise ValueError(wrong)
         patched = with_loop(model, loop)
         if positive is None:
@@ -234,7 +234,7 @@ class PromptLoopSampler(io.ComfyNode):
         latent, denoised = _sampled(
             patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
         )
-        return _output(cls, latent, _made(loop, str(cls.hidden.unique_id)), denoised)
+        return _output(cls, latent, _made(loop, str(cls.hidden.unique_id), latent), denoised)
 
 
 def _sampled(
@@ -292,11 +292,14 @@ class PromptLoopResult(io.ComfyNode):
                 "no sampler before this node has used this run; connect run of the PromptLoop node whose model, or guider, the "
                 "sampler uses, and the latent of that sampler"
             )
-        return _output(cls, latent, _made(run, sampler))
+        return _output(cls, latent, _made(run, sampler, latent))
 
 
-def _made(loop: Any, sampler: str) -> list[Any]:
-    return loop.runs.get(sampler, ("", []))[1]
+def _made(loop: Any, sampler: str, latent: Any) -> list[Any]:
+    """What a sampler did, one trajectory for each picture; without a turn where there was nothing to sample (denoise 0)."""
+    from promptloop_pipeline import Trajectory
+
+    return loop.runs.get(sampler, ("", []))[1] or [Trajectory(loop.request) for _ in latent["samples"]]
 
 
 def _output(cls: Any, latent: Any, trajectories: list[Any], *denoised: Any) -> Any:
@@ -308,104 +311,4 @@ def _output(cls: Any, latent: Any, trajectories: list[Any], *denoised: Any) -> A
     return io.NodeOutput(latent, *denoised, timeline(trajectories), final, trajectories, ui=shown)
 
 
-class PromptLoopSchedule(io.ComfyNode):
-    """When to look, by numbers."""
-
-    @classmethod
-    def define_schema(cls) -> Any:
-        return io.Schema(
-            node_id="PromptLoopSchedule",
-            display_name="Refinement Schedule",
-            category="PromptLoop",
-            description="Says when the refiner looks, for the input refine_at.",
-            inputs=[
-                io.Boolean.Input(
-                    "start", default=False, tooltip="Also rewrite before the first step, with nothing to see yet."
-                ),
-                io.Int.Input("looks", default=3, min=0, max=100, tooltip="How many looks, evenly from first to last."),
-                io.Float.Input("first", default=20.0, min=0.0, max=100.0, step=1.0, tooltip="The first look, in % of the run."),
-                io.Float.Input("last", default=80.0, min=0.0, max=100.0, step=1.0, tooltip="The last look, in % of the run."),
-                io.Boolean.Input(
-                    "end", default=False, tooltip="Also look at the finished picture; that changes nothing in it."
-                ),
-                io.String.Input("more", default="", tooltip='More turns as text: "6, 12" for steps, "every 4".'),
-            ],
-            outputs=[io.String.Output(display_name="refine_at", tooltip="For the input refine_at.")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, more: str | None = None) -> bool | str:
-        return _readable(more) if more and more.strip() else True
-
-    @classmethod
-    def execute(cls, start: bool, looks: int, first: float, last: float, end: bool, more: str) -> Any:
-        shares = [first + (last - first) * k / max(looks - 1, 1) for k in range(looks)]
-        items = ["start"] * start + [f"{s:.4g}%" for s in shares] + ["end"] * end + ([more] if more.strip() else [])
-        return io.NodeOutput(str(RefinementSchedule.parse(", ".join(items) or "none")))
-
-
-class PromptLoopTarget(io.ComfyNode):
-    """Marks what may be rewritten."""
-
-    @classmethod
-    def define_schema(cls) -> Any:
-        return io.Schema(
-            node_id="PromptLoopTarget",
-            display_name="Refinement Target",
-            category="PromptLoop",
-            description="Marks a conditioning as the one that may be rewritten, where several are combined (regional prompts).",
-            inputs=[io.Conditioning.Input("conditioning", tooltip="The prompt that may be rewritten, before it is combined.")],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The same, marked.")],
-        )
-
-    @classmethod
-    def execute(cls, conditioning: Any) -> Any:
-        import node_helpers
-
-        from .host import TARGET
-
-        return io.NodeOutput(node_helpers.conditioning_set_values(conditioning, {TARGET: True}))
-
-
-class PromptLoopGuard(io.ComfyNode):
-    """What a refiner may do to a prompt."""
-
-    @classmethod
-    def define_schema(cls) -> Any:
-        return io.Schema(
-            node_id="PromptLoopGuard",
-            display_name="Guard Refiner",
-            category="PromptLoop",
-            description="Limits what a refiner may do to your words. Whatever it does is noted in the history.",
-            inputs=[
-                REFINER.Input("refiner", tooltip="Any refiner."),
-                io.Boolean.Input(
-                    "keep_my_words", default=False, tooltip="Your own words stay in front; it may only add to them."
-                ),
-                io.String.Input(
-                    "must_keep", default="", tooltip="Terms that may not get lost, with commas; a lost one is put back."
-                ),
-                io.Float.Input(
-                    "max_change",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Share of the words that one turn may change.",
-                ),
-            ],
-            outputs=[REFINER.Output(display_name="refiner", tooltip="The same refiner, guarded.")],
-        )
-
-    @classmethod
-    def execute(cls, refiner: Any, keep_my_words: bool, must_keep: str, max_change: float) -> Any:
-        from promptloop_pipeline.refiners.guards import GuardedRefiner
-
-        terms = [term.strip() for term in must_keep.split(",") if term.strip()]
-        limit = max_change if max_change < 1 else None
-        return io.NodeOutput(GuardedRefiner(refiner, prefix=keep_my_words, must_keep=terms, max_change=limit))
-
-
-NODES = [
-    PromptLoop, PromptLoopResult, PromptLoopSampler, PromptLoopGuider, PromptLoopSchedule, PromptLoopTarget, PromptLoopGuard,
-]  # fmt: skip
+NODES = [PromptLoop, PromptLoopResult, PromptLoopSampler, PromptLoopGuider]

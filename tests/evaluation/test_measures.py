@@ -29,7 +29,8 @@ from promptloop_pipeline.evaluation.measures import (
 )
 from promptloop_pipeline.evaluation.words import words
 from promptloop_pipeline.trajectory import Trajectory, Turn, load, save
-from tests.pipelines.factories import MAKERS
+
+from ..pipelines.factories import MAKERS
 
 # --- figures --------------------------------------------------------------------------------------------------------------
 

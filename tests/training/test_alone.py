@@ -44,7 +44,7 @@ def command(argv, told, go):
 
 def start(*args):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.test_resume", "promptloop_training.watch"])
+    context.set_forkserver_preload([f"{__package__}.test_resume", "promptloop_training.watch"])
     process = context.Process(target=command, args=args)
     process.start()
     return process
@@ -63,7 +63,7 @@ def wait_for(condition):
 
 @pytest.mark.slow
 def test_a_second_process_is_refused_and_after_a_kill_goes_on(tmp_path):
-    argv = small(tmp_path, max_steps=3, rewards="tests.training.test_alone:patient")
+    argv = small(tmp_path, max_steps=3, rewards=f"{__package__}.test_alone:patient")
     out, told = tmp_path / "out", tmp_path / "told"
     first = start(argv, tmp_path / "first", tmp_path)
     wait_for((tmp_path / "step-1").exists)  # it is at work on its second step

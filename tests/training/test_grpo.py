@@ -23,9 +23,10 @@ from promptloop_pipeline.chat.local import TransformersChat
 from promptloop_pipeline.refiner import View
 from promptloop_pipeline.refiners.template import FOLDER, load_template
 from promptloop_pipeline.rewards.combine import load_reward, win_rates
-from tests.chat import models
 
-REWARD, MIXED = "tests.training.test_rollout:wordy", "tests.training.test_rollout:mixed"
+from ..chat import models
+
+REWARD, MIXED = f"{__package__}.test_rollout:wordy", f"{__package__}.test_rollout:mixed"
 VIEW = View("a red circle", "a red circle", 0, 4)
 START = {"refine_at": "start", "turns": 1, "group_size": 3, "per_device_train_batch_size": 6}
 REQUESTS = ["large red circle top left , black background", "small blue cross center , white background", "two", "green"]

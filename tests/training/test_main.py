@@ -23,7 +23,7 @@ from promptloop_pipeline.cli import train as cli
 from promptloop_pipeline.refiners.mllm import MLLMRefiner
 from promptloop_pipeline.trajectory import load
 
-HERE = "tests.training.test_main"
+HERE = f"{__package__}.test_main"
 SMALL = {  # what a step of a second needs
     "prompts_per_step": 2, "group_size": 2, "turns": 2, "window": "25%, 80%", "start_turn": True, "num_inference_steps": 4,
     "per_device_train_batch_size": 8, "max_steps": 2, "train_data": "shapes:train:1", "train_prompts": 16, "watch_every": 0,
@@ -32,7 +32,7 @@ SMALL = {  # what a step of a second needs
 }  # fmt: skip
 
 
-WHOLE = {"max_steps": 3, "samples_every": 2, "group_size": 3, "retained": 1, "rewards": "tests.training.test_main:failing"}
+WHOLE = {"max_steps": 3, "samples_every": 2, "group_size": 3, "retained": 1, "rewards": f"{__package__}.test_main:failing"}
 
 
 def talkative(images, prompts, trajectories, **_):

@@ -26,7 +26,7 @@ def work(folder, prompts):
     from accelerate.utils import broadcast
     from promptloop_training.policy import leave_together
 
-    from tests.training.test_grpo import build
+    from .test_grpo import build
 
     torch.set_num_threads(1)
     trainer = build(folder, prompts_per_step=prompts, **COMMON)
@@ -48,13 +48,13 @@ def work(folder, prompts):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[__name__.count(".")]  # where this package can be imported from by its name
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # --cpu would run one
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "tests.training.test_processes", str(two)]
+    command += ["-m", f"{__package__}.test_processes", str(two)]
     process = subprocess.Popen(
         command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

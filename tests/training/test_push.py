@@ -68,7 +68,7 @@ def test_nothing_is_pushed_of_a_run_that_stopped(tmp_path, at):
     with Hub() as hub:
         at(hub)
         with pytest.raises(RuntimeError, match="stopped at step 1"):
-            main([*pushed(tmp_path, rewards="tests.training.test_push:broken"), "--hub_token", TOKEN])
+            main([*pushed(tmp_path, rewards=f"{__package__}.test_push:broken"), "--hub_token", TOKEN])
         assert hub.calls == []
 
 

@@ -26,7 +26,7 @@ def trainer(folder, adapter=True, **changes):
     common = {
         "max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "prompts_per_step": 1, "per_device_train_batch_size": 2,
         "max_completion_length": 8, "shuffle_dataset": True, "learning_rate": 1e-2, "lr_scheduler_type": "cosine",
-        "rewards": "tests.training.test_rollout:wordy",
+        "rewards": f"{__package__}.test_rollout:wordy",
     }  # fmt: skip
     return build(folder, peft_config=lora, **common | changes)
 
@@ -75,7 +75,7 @@ def work(folder, begun, where):
 def run(folder, seconds=None, where=None):
     """Runs, killed after some seconds of training; returns (exit code, seconds of training)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.test_resume"])  # all imports once; what is killed is a fork of that
+    context.set_forkserver_preload([f"{__package__}.test_resume"])  # all imports once; what is killed is a fork of that
     begun = context.Event()
     process = context.Process(target=work, args=(str(folder), begun, where))
     process.start()
@@ -121,7 +121,7 @@ class Stop(TrainerCallback):
     [
         (4, 3, {"num_iterations": 2, "save_steps": 2, "adapter": False}),  # a batch is used twice
         (6, 5, {"save_steps": 1, "group_size": 3, "retained": 1, "loss_type": "grpo"}),  # within the second epoch
-        (4, 2, {"save_steps": 1, "start_turn": True, "credit": "turn", "rewards": "tests.training.test_rollout:mixed"}),
+        (4, 2, {"save_steps": 1, "start_turn": True, "credit": "turn", "rewards": f"{__package__}.test_rollout:mixed"}),
     ],
 )
 def test_stopped_after_a_checkpoint(tmp_path, steps, stop, changes):

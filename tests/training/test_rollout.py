@@ -10,7 +10,8 @@ from promptloop_training.rollout import Rollout, Sample, _seed
 from promptloop_pipeline import MLLMRefiner, tiny
 from promptloop_pipeline.chat.local import TransformersChat
 from promptloop_pipeline.rewards.combine import RewardSpec, load_reward, parse_rewards
-from tests.chat import models
+
+from ..chat import models
 
 STEPS, CALL = 6, {"num_inference_steps": 6, "guidance_scale": 3.0}
 A, B = Sample("large red circle top left , black background", 1), Sample("small blue cross center , white background", 2)
@@ -44,7 +45,7 @@ def policy():
     return tiny.load_refiner(temperature=3.0, logprobs=True, max_new_tokens=24)  # hot: trajectories are to differ
 
 
-def rollout(pipe, policy, rewards="tests.training.test_rollout:brightness", size=3, **changes):
+def rollout(pipe, policy, rewards=f"{__package__}.test_rollout:brightness", size=3, **changes):
     specs = parse_rewards(rewards)
     return Rollout(pipe, policy, {s.name: load_reward(s.name) for s in specs}, specs, size=size, **CALL | changes)
 
@@ -159,7 +160,7 @@ def test_a_start_turn_is_greedy_and_carries_no_loss(pipe, policy):
 def test_a_text_policy_at_the_start(pipe, tmp_path):
     chat = TransformersChat.from_pretrained(models.save(models.qwen2, tmp_path), device="cpu", logprobs=True)
     policy = MLLMRefiner(chat, "reprompt", temperature=1.0, max_new_tokens=6)
-    (group,) = rollout(pipe, policy, "tests.training.test_rollout:wordy")([A], [[0]])
+    (group,) = rollout(pipe, policy, f"{__package__}.test_rollout:wordy")([A], [[0]])
     assert [len(rows) for rows in group.rows] == [1, 1, 1] and len({rows[0].token_ids for rows in group.rows}) == 3
     assert all(t.turns[0].image is None for t in group.trajectories)
     assert len(set(group.rewards)) == 3
@@ -253,7 +254,7 @@ def test_rewards_that_fail_are_named(pipe, policy, reward, message):
 
 def test_several_rewards_and_the_form_of_answers(pipe, policy):
     """The retained, which answered nothing, get the mean of their group for form (PromptRL): none the better or worse for it."""
-    name = "tests.training.test_rollout:brightness"
+    name = f"{__package__}.test_rollout:brightness"
     roll = rollout(pipe, policy, f"{name}:2, format:0.5, length:0", size=4, retained=2)
     (group,) = roll([A], [[1, 3]])
     form = group.raw["format"]

@@ -9,7 +9,7 @@ from diffusers import EulerAncestralDiscreteScheduler
 from peft import LoraConfig
 from promptloop_training.sharing import MODULES, equal_rows_once
 
-from tests.pipelines.conftest import Maker, made
+from ..pipelines.conftest import Maker, made
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux")
 

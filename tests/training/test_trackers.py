@@ -11,7 +11,7 @@ from trl import ModelConfig
 
 from .test_main import CALLS, here, small  # noqa: F401
 
-HERE = "tests.training.test_main"
+HERE = f"{__package__}.test_main"
 WATCHED = {"max_steps": 4, "save_steps": 2, "watch_every": 2, "watch_prompts": 3, "watch_blind": "end"}
 NAMED = {f"reward/{HERE}:failing", "reward/verifier", "group/flat", "turn/changed", "loss", "num_tokens"}
 

@@ -18,7 +18,7 @@ from promptloop_pipeline.evaluation.statistics import mean
 
 from .test_main import here, log, same, small, talkative, weights  # noqa: F401
 
-HERE = "tests.training.test_watch"
+HERE = f"{__package__}.test_watch"
 WATCHED = {"watch_every": 2, "watch_prompts": 3, "max_steps": 3, "watch_blind": "end", "save_total_limit": 1}
 SCORES: list[float] = []
 
