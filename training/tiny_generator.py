@@ -44,6 +44,7 @@ from promptloop_pipeline.tiny.scenes import (
     random_scene,
     render,
 )  # fmt: skip
+from promptloop_pipeline.tiny.older import readable_by_transformers_4
 from promptloop_pipeline.tiny.tokenizer import build_tokenizer
 
 SCENES = 48_000
@@ -309,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     config.write_text(
         json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}, indent=2) + "\n"
     )
+    readable_by_transformers_4(args.out / "pipeline")
     print(f"saved {args.out / 'pipeline'}", flush=True)
 
 

@@ -52,6 +52,7 @@ from promptloop_pipeline.tiny import glossary, load_pipeline, load_refiner, quie
 from promptloop_pipeline.tiny.benchmark import requests
 from promptloop_pipeline.tiny.glossary import END, IMAGE, SPECIAL, TEMPLATE, Lesson, Previews, prompt_of, prompt_words
 from promptloop_pipeline.tiny.language import NUMBERS, parse, user_prompt, with_clear
+from promptloop_pipeline.tiny.older import readable_by_transformers_4
 from promptloop_pipeline.tiny.refiners import single_shot
 from promptloop_pipeline.tiny.scenes import (
     CELLS,
@@ -327,6 +328,7 @@ def save(model: Any, processor: Any, folder: Path) -> None:
     shutil.copyfile(tiny.TEMPLATE, folder / named.TEMPLATE)
     config = folder / "config.json"  # on disk in half precision, to be loaded in single
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    readable_by_transformers_4(folder)
     print(f"saved {folder}", flush=True)
 
 

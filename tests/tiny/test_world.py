@@ -1,15 +1,19 @@
 """The shapes world without its generator: languages, what is held out, and the exact verifier."""
 
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
-from promptloop_pipeline import View
+from promptloop_pipeline import View, tiny
 from promptloop_pipeline.evaluation.quality import NEAR_MISSES, near_miss, truth, verifier_rates
 from promptloop_pipeline.tiny import language as words
 from promptloop_pipeline.tiny import parse, plan, random_spec, requests, system_caption, user_prompt, verify
+from promptloop_pipeline.tiny.older import readable_by_transformers_4
 from promptloop_pipeline.tiny.refiners import OracleRefiner, RotationRefiner, SingleShotRefiner, YokedRefiner, single_shot
 from promptloop_pipeline.tiny.scenes import CELLS, Object, Scene, Spec, free_cells, held_out, random_scene, render
 from promptloop_pipeline.tiny.tokenizer import build_tokenizer
@@ -203,3 +207,19 @@ def test_blind_controls_visit_every_free_cell_and_do_not_look():
     assert first.prompt == single_shot(request)
     (played,) = YokedRefiner({request: [(), (2,)]}).refine([view(request, None, 5, (None,))])
     assert parse(played.prompt).clear == (free_cells(plan(parse(request)).objects)[2],)
+
+
+def test_the_folders_are_readable_by_older_libraries(tmp_path):
+    """What transformers 4.57 looks for is there. (With it, run by hand: the same words, and pictures that are equal to the bit.)"""
+    for name in ("sd", "refiner", "warm-up"):
+        copy, shipped = tmp_path / name, tiny.WEIGHTS / name
+        shutil.copytree(shipped, copy)
+        readable_by_transformers_4(copy)
+        files = sorted(f.relative_to(shipped) for f in shipped.rglob("*") if f.is_file())
+        assert files == sorted(f.relative_to(copy) for f in copy.rglob("*") if f.is_file())
+        assert all((shipped / f).read_bytes() == (copy / f).read_bytes() for f in files)
+        classes = [json.loads(f.read_text())["tokenizer_class"] for f in shipped.rglob("tokenizer_config.json")]
+        assert classes and set(classes) <= {"CLIPTokenizer", "PreTrainedTokenizerFast"}
+    sd = tiny.WEIGHTS / "sd"
+    assert json.loads((sd / "tokenizer/vocab.json").read_text()) == build_tokenizer().get_vocab()
+    assert all(name.startswith("text_model.") for name in load_file(sd / "text_encoder/model.safetensors"))
