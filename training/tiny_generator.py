@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from promptloop_pipeline.tiny.language import MAX_TOKENS, parse, training_caption
+from promptloop_pipeline.tiny.older import readable_by_transformers_4
 from promptloop_pipeline.tiny.scenes import (
     BACKGROUNDS,
     CELLS,
@@ -44,7 +45,6 @@ from promptloop_pipeline.tiny.scenes import (
     random_scene,
     render,
 )  # fmt: skip
-from promptloop_pipeline.tiny.older import readable_by_transformers_4
 from promptloop_pipeline.tiny.tokenizer import build_tokenizer
 
 SCENES = 48_000

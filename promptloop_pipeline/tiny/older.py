@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 
 def readable_by_transformers_4(folder: Path) -> None:
-    """Adds to a model's or pipeline's folder what transformers 4.57 looks for; what is there stays readable by 5. Does nothing twice."""
+    """Adds to the folder of a model or pipeline what transformers 4.57 looks for; 5 reads it as before. Does nothing twice."""
     for file in sorted(folder.rglob("tokenizer_config.json")):
         config = _read(file)
         if config["tokenizer_class"] == "TokenizersBackend":  # its name in 4
