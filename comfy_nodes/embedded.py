@@ -160,7 +160,8 @@ def _vae(autoencoder: Any) -> Any:
 
     # Made for a model of this kind, so that whatever this ComfyUI's VAE has about it is there; then ours takes its place.
     vae = VAE(sd=TAESD(latent_channels=CHANNELS).state_dict(), dtype=torch.float32)
-    vae.first_stage_model = Autoencoder().eval().to(mm.vae_offload_device(), memory_format=torch.channels_last)
+    made: Any = Autoencoder().eval()
+    vae.first_stage_model = made.to(mm.vae_offload_device(), memory_format=torch.channels_last)
     vae.patcher = whole_patcher(vae.first_stage_model, vae.device, mm.vae_offload_device())
     vae.downscale_ratio = vae.upscale_ratio = SCALE
     vae.latent_channels, vae.size = CHANNELS, None

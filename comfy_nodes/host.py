@@ -13,7 +13,6 @@ range, hooks, guidance, reference latents) stays.
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +23,12 @@ from promptloop_pipeline.session import Session
 from promptloop_pipeline.trajectory import Trajectory
 
 from . import live
+from .conditioning import Cond, equal, rewritten
 from .pictures import data_uri, samples_of, to_image
 
 KEY = "promptloop"
+KEPT = 32  # runs that a loop remembers, for samplers that come from ComfyUI's cache
 TARGET = "promptloop_target"  # on conditioning entries that may be rewritten
-_TEXT = {"cross_attn", "model_conds", "uuid", "clip_start_percent", "clip_end_percent"}
-Cond = dict[str, Any]
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Loop:
     wait: bool = True
     source: bool = False
     owner: str | None = None
-    runs: dict[str, tuple[str, list[Trajectory]]] = field(default_factory=dict)  # by sampler node: its prompt id, its runs
+    runs: dict[str, tuple[Any, list[Trajectory]]] = field(default_factory=dict)  # by sampler, see `add`; the last ones
 
     def __post_init__(self) -> None:
         if not self.request.strip():
@@ -67,13 +66,21 @@ class Loop:
             )
 
     def add(self, trajectories: Sequence[Trajectory]) -> None:
-        """Keeps a run under the node that executes; runs of earlier prompts give way."""
-        prompt_id, node = live.where()
-        before = self.runs.get(str(node), ("", []))
-        kept = before[1] if before[0] == str(prompt_id) else []
-        self.runs[str(node)] = (str(prompt_id), [*kept, *trajectories])
-        if node is not None:
-            live.keep(self.runs[node][1])
+        """Keeps a run under its sampler: that node and all that it depends on, since ComfyUI takes what such a node has made before
+        for another one that is the same. A node that samples several times in one prompt has all of it."""
+        now = live.running()
+        graph, node = (now["graph"], now["node"]) if now else ({}, None)
+        key, this = live.signature(graph, str(node)), (now and now["prompt_id"], node)
+        before, made = self.runs.pop(key, (None, []))
+        self.runs[key] = (this, [*(made if before == this else []), *trajectories])
+        while len(self.runs) > KEPT:
+            del self.runs[next(iter(self.runs))]
+        live.keep(self.runs[key][1])
+
+    def made(self, graph: dict[str, Any], nodes: Sequence[str]) -> list[Trajectory] | None:
+        """What the first of these nodes did that has sampled with this loop; None where none has."""
+        keys = (live.signature(graph, node) for node in nodes)
+        return next((self.runs[key][1] for key in keys if key in self.runs), None)
 
 
 def _local(refiner: Any) -> str | None:
@@ -120,6 +127,7 @@ class Run:
             [loop.request] * count, loop.refiner, loop.refine_at, strict=loop.strict, cancel=InterruptProcessingException,
             meta=[{"host": "ComfyUI", "seed": seed, "sampler": _name(sampler), "index": k} for k in range(count)],
             asynchronous=not loop.wait, interrupted=processing_interrupted,
+            fit=getattr(getattr(loop.clip, "tokenizer", None), "fit", None),  # of the embedded one; ComfyUI's own take any length
         )  # fmt: skip
         last = -1
 
@@ -175,21 +183,27 @@ class Run:
         self.report(before, step)
 
     def observe(self, step: int, sigma: float | None, preview: Callable[[], list[Any]] | None) -> list[str] | None:
-        """Asks the session. A refiner that draws from the global random state must not shift the sampler's noise."""
-        import torch
+        """Asks the session."""
         from comfy.model_management import throw_exception_if_processing_interrupted
 
-        device = self.guider.model_patcher.load_device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            live.say(f"PromptLoop: looking at step {step} of {self.total} ...", self.node)
+        live.say(f"PromptLoop: looking at step {step} of {self.total} ...", self.node)
+        with self.own_randomness():
             prompts = self.session.observe(step, sigma, preview)
         throw_exception_if_processing_interrupted()
         return prompts
 
+    def own_randomness(self) -> Any:
+        """A refiner that draws from the global random state must not shift the sampler's noise."""
+        import torch
+
+        device = self.guider.model_patcher.load_device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
     def finish(self, result: Any, sigma: float) -> None:
         """The turn "end", if there is one: it looks at the finished picture."""
         before = [len(t.turns) for t in self.session.trajectories]
-        self.session.finish(None, sigma, lambda: self.pictures(self.loop.vae.decode(self.unpacked(result))))
+        with self.own_randomness():
+            self.session.finish(None, sigma, lambda: self.pictures(self.loop.vae.decode(self.unpacked(result))))
         for trajectory, had in zip(self.session.trajectories, before, strict=True):
             if len(trajectory.turns) > had:
                 trajectory.image = trajectory.turns[-1].image
@@ -250,7 +264,7 @@ class Run:
         if len(positive) == 1:
             return [0]
         made = [cond["cross_attn"] for cond in self.encode(self.loop.request) if "cross_attn" in cond]
-        same = [k for k, cond in enumerate(positive) if any(_equal(cond.get("cross_attn"), m) for m in made)]
+        same = [k for k, cond in enumerate(positive) if any(equal(cond.get("cross_attn"), m) for m in made)]
         if not same:
             raise ValueError(
                 f"the positive conditioning has {len(positive)} entries, and none was made of the prompt {self.loop.request!r}; "
@@ -269,7 +283,9 @@ class Run:
 
         guider = self.guider
         conds = {k: [c.copy() for c in v] for k, v in guider.original_conds.items()}
-        conds["positive"] = rewritten(conds["positive"], self.targets, prompts, self.loop.request, self.encode)
+        conds["positive"] = rewritten(
+            conds["positive"], self.targets, prompts, self.loop.request, self.encode, self.noise.shape
+        )
         comfy.samplers.preprocess_conds_hooks(conds)
         comfy.samplers.filter_registered_hooks_on_conds(conds, guider.model_options)
         if not running:
@@ -294,91 +310,6 @@ class Run:
         guider.inner_model, _, guider.loaded_models = comfy.sampler_helpers.prepare_sampling(
             guider.model_patcher, self.noise.shape, conds, guider.model_options
         )
-
-
-# --- conditioning -------------------------------------------------------------------------------------------------------
-
-
-def rewritten(
-    positive: Sequence[Cond], targets: Sequence[int], prompts: Sequence[str], request: str, encode: Callable[[str], list[Cond]]
-) -> list[Cond]:
-    """The positive conditioning with other text in its targets. A sample whose prompt is the request has what it had.
-
-    Raises ValueError when the samples' prompts give conditionings that do not go in one batch.
-    """
-    if all(p == request for p in prompts):
-        return list(positive)
-    same = all(p == prompts[0] for p in prompts)
-    texts = {p: encode(p) for p in dict.fromkeys(prompts) if same or p != request}
-    found: list[Cond] = []
-    rests: list[Cond] = []
-    for k, old in enumerate(positive):
-        if k not in targets:
-            found.append(old)
-            continue
-        news = (
-            texts[prompts[0]] if same else batched([texts.get(p) or [_text_of(old, texts, i)] for i, p in enumerate(prompts)])
-        )
-        names = _TEXT | {name for new in news for name in new if not (name == "hooks" and "hooks" in old)}
-        rest = {name: value for name, value in old.items() if name not in names}
-        if any(_same(rest, other) for other in rests):
-            continue  # the parts of one text that its encoder splits by time: they are all in `news`
-        rests.append(rest)
-        found += [{**{n: v for n, v in new.items() if n not in rest}, **rest, "model_conds": {}} for new in news]
-    return found
-
-
-def _text_of(old: Cond, texts: dict[str, list[Cond]], row: int) -> Cond:
-    """What of an entry is its text, for one sample: whatever the encoder gives for any text."""
-    names = _TEXT | {name for news in texts.values() for new in news for name in new}
-    return {name: _row(value, row) for name, value in old.items() if name in names and name != "hooks"}
-
-
-def _row(value: Any, row: int) -> Any:
-    """Of a conditioning that has one for each sample; ComfyUI begins anew where there are fewer."""
-    rows = getattr(value, "shape", (0,))
-    return value[row % rows[0]][None] if len(rows) > 1 and rows[0] > 1 else value
-
-
-def batched(samples: Sequence[list[Cond]]) -> list[Cond]:
-    """One conditioning with a row for each sample, from those of the samples."""
-    import torch
-
-    if len({len(s) for s in samples}) > 1:
-        raise ValueError("the prompts of this batch are encoded in different numbers of parts; use a batch size of 1")
-    found = []
-    for parts in zip(*samples, strict=True):
-        entry = dict(parts[0])
-        for name in {name for part in parts for name in part} - {"uuid", "model_conds"}:
-            values = [part.get(name) for part in parts]
-            if all(isinstance(v, torch.Tensor) for v in values):
-                entry[name] = torch.cat(_as_long([v[:1] if v.ndim else v.reshape(1) for v in values], name))
-            elif any(isinstance(v, torch.Tensor) for v in values) or any(v != values[0] for v in values):
-                raise ValueError(f"the prompts of this batch differ in {name}, which is one for all; use a batch size of 1")
-        found.append(entry)
-    return found
-
-
-def _as_long(rows: list[Any], name: str) -> list[Any]:
-    """Texts of one, two, ... windows are repeated to the same length, which leaves attention as it is (as ComfyUI does)."""
-    lengths = {r.shape[1] for r in rows if r.ndim > 1}
-    if len(lengths) < 2:
-        return rows
-    longest = math.lcm(*lengths)
-    if longest > 4 * max(lengths) or name == "pooled_output":
-        lengths_ = ", ".join(map(str, sorted(lengths)))
-        raise ValueError(f"the prompts of this batch are encoded in unlike lengths ({lengths_}); use a batch size of 1")
-    return [r.repeat(1, longest // r.shape[1], *[1] * (r.ndim - 2)) for r in rows]
-
-
-def _same(a: Cond, b: Cond) -> bool:
-    return a.keys() == b.keys() and all(a[k] is b[k] or (isinstance(a[k], (int, float, str)) and a[k] == b[k]) for k in a)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    import torch
-
-    return a is not None and b is not None and a.shape == b.shape and bool(torch.equal(a.cpu(), b.cpu()))
 
 
 def _name(sampler: Any) -> str:

@@ -129,28 +129,39 @@ def on_prompt(request: dict[str, Any]) -> dict[str, Any]:
     return request
 
 
-def keep(trajectories: Sequence[Trajectory]) -> None:
-    """Adds a finished run of the node that executes now to the metadata of its prompt."""
+def running() -> dict[str, Any] | None:
+    """Of what executes now: {"prompt_id", "node", "graph", "info" (its `extra_pnginfo`)}; None outside of a prompt."""
     from server import PromptServer
 
     prompt_id, node = where()
     server = getattr(PromptServer, "instance", None)
-    for item in list(server.prompt_queue.currently_running.values()) if server is not None else ():
-        if item[1] != prompt_id or node is None:
-            continue
-        made = record(trajectories)
-        shared = (item[3].get("extra_pnginfo") or {}).get(KEY)
-        if isinstance(shared, _Shared):
-            shared["runs"][node] = made
-        if node in item[2]:  # not one that another node made in running
-            _finished[signature(item[2], node)] = made
-            while len(_finished) > KEPT:
-                _finished.popitem(last=False)
+    for item in list(server.prompt_queue.currently_running.values()) if server is not None and node is not None else ():
+        if item[1] == prompt_id:
+            return {"prompt_id": prompt_id, "node": node, "graph": item[2], "info": item[3].get("extra_pnginfo") or {}}
+    return None
+
+
+def keep(trajectories: Sequence[Trajectory]) -> None:
+    """Adds a finished run of the node that executes now to the metadata of its prompt."""
+    if (now := running()) is None:
+        return
+    made = record(trajectories)
+    shared = now["info"].get(KEY)
+    if isinstance(shared, _Shared):
+        shared["runs"][now["node"]] = made
+    if now["node"] in now["graph"]:  # not one that another node made in running
+        _finished[signature(now["graph"], now["node"])] = made
+        while len(_finished) > KEPT:
+            _finished.popitem(last=False)
 
 
 def signature(graph: dict[str, Any], node: str) -> str:
-    """Of a node and all that it depends on: two of the same signature give the same result."""
+    """Of a node and all that it depends on: two of the same signature give the same result. The name itself, where it is not in
+    the graph."""
     import hashlib
+
+    if node not in graph:
+        return node
 
     order: dict[str, int] = {}
     waiting = [node]

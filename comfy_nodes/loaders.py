@@ -192,7 +192,7 @@ class PromptLoopLoadRefiner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model: str | None = None) -> bool | str:
-        return _problem(model, lambda: find(model, "config.json"))
+        return _problem(model, lambda: find(str(model), "config.json"))
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, adapter: str = NONE, template: str = AUTO, **_: Any) -> Any:
@@ -248,7 +248,7 @@ class PromptLoopEndpointRefiner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, url: str | None = None) -> bool | str:
-        return _problem(url, lambda: EndpointChat(url))
+        return _problem(url, lambda: EndpointChat(str(url)))
 
     @classmethod
     def fingerprint_inputs(cls, template: str = "", **_: Any) -> Any:
@@ -298,8 +298,8 @@ def _ask_for_models(chat: EndpointChat) -> None:
     from comfy.model_management import throw_exception_if_processing_interrupted
 
     chat.on_token = throw_exception_if_processing_interrupted
-    if not isinstance(reply := chat._choose(), str):
-        raise ValueError(f"the refiner's server cannot be asked: {chat._words(reply, 'models')}")
+    if why := chat.trouble():
+        raise ValueError(f"the refiner's server cannot be asked: {why}")
 
 
 forget_on_free()

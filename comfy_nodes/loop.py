@@ -234,7 +234,8 @@ class PromptLoopSampler(io.ComfyNode):
         latent, denoised = _sampled(
             patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
         )
-        return _output(cls, latent, _made(loop, str(cls.hidden.unique_id), latent), denoised)
+        made: list[Any] = next(iter(loop.runs.values()), (None, []))[1]
+        return _output(cls, latent, made or _untouched(loop, latent), denoised)
 
 
 def _sampled(
@@ -285,21 +286,21 @@ class PromptLoopResult(io.ComfyNode):
     def execute(cls, run: Any, latent: Any) -> Any:
         from . import live
 
-        nodes = live.upstream(cls.hidden.prompt or {}, str(cls.hidden.unique_id), "latent")
-        sampler = next((node for node in nodes if node in run.runs), None)
-        if sampler is None:
+        graph = cls.hidden.prompt or {}
+        made = run.made(graph, live.upstream(graph, str(cls.hidden.unique_id), "latent"))
+        if made is None:
             raise ValueError(
                 "no sampler before this node has used this run; connect run of the PromptLoop node whose model, or guider, the "
                 "sampler uses, and the latent of that sampler"
             )
-        return _output(cls, latent, _made(run, sampler, latent))
+        return _output(cls, latent, made or _untouched(run, latent))
 
 
-def _made(loop: Any, sampler: str, latent: Any) -> list[Any]:
-    """What a sampler did, one trajectory for each picture; without a turn where there was nothing to sample (denoise 0)."""
+def _untouched(loop: Any, latent: Any) -> list[Any]:
+    """Where there was nothing to sample (denoise 0)."""
     from promptloop_pipeline import Trajectory
 
-    return loop.runs.get(sampler, ("", []))[1] or [Trajectory(loop.request) for _ in latent["samples"]]
+    return [Trajectory(loop.request) for _ in latent["samples"]]
 
 
 def _output(cls: Any, latent: Any, trajectories: list[Any], *denoised: Any) -> Any:

@@ -108,7 +108,7 @@ class ManagedRefiner:
         on_token = self.on_token or mm.throw_exception_if_processing_interrupted
         on_token()
         if all(self.template.conversation(v, v.image, v.source) is None for v in views):  # nothing to ask: nothing to load
-            return MLLMRefiner(SimpleNamespace(generate=None, sees=True), self.template).refine(views)  # type: ignore[arg-type]
+            return MLLMRefiner(SimpleNamespace(generate=None, sees=True), self.template).refine(views)
         said = Sampling(**(self.template.sampling | self.sampling))
         tokens = len(views) * said.num_beams * (said.max_new_tokens + PROMPT_TOKENS)
 
@@ -151,7 +151,7 @@ def shared(key: Any, make: Callable[[], Weights], afterwards: str) -> Weights:
     if weights is None:
         _last.clear()  # before the next ones come
         weights = _shared[key] = make()
-    _last[:] = [] if afterwards == "unload" or getattr(args, "cache_ram", 0) else [weights]
+    _last[:] = [] if afterwards == "unload" or getattr(args, "cache_ram", False) else [weights]
     return weights
 
 

@@ -104,23 +104,26 @@ class EndpointChat:
                 has = f" (it was asked for model {model!r:.80}, and has: {_line(', '.join(names), '')})"
         for row, reply in replies.items():
             got = reply if reply.what else _completion(reply.data)
-            if isinstance(got, _Reply):
-                got = Completion(error=self._words(got, "chat/completions") + has * (reply.status in (400, 404)))
-            answers[row] = got
+            more = has * (reply.status in (400, 404))
+            answers[row] = Completion(error=self._words(got, "chat/completions") + more) if isinstance(got, _Reply) else got
         return [answers[row] for row in range(len(conversations))]
 
+    def trouble(self) -> str | None:
+        """Why the server cannot be asked, in one line; None where it can."""
+        return self._words(reply, "models") if isinstance(reply := self._choose(), _Reply) else None
+
     def _choose(self) -> str | _Reply:
-        reply = self._ask("models", {0: None}, self.retries)[0]
-        names = _names(reply.data)
+        names = _names((reply := self._ask("models", {0: None}, self.retries)[0]).data)
         if names == []:
             return _Reply(what="the server has no model", todo="load one there first")
         if not names:  # without such a route there is one model, and nobody asks for its name (llama.cpp and its like)
             return reply if reply.what and reply.status not in (404, 405, 501) else "default"
-        first, *others = [n for n in names if "embed" not in n.lower()] or names  # Ollama and LM Studio list what cannot chat
+        self._found, *others = [
+            n for n in names if "embed" not in n.lower()
+        ] or names  # Ollama and LM Studio list what cannot chat
         if others:
-            logger.warning("%s has several models; %.200r is taken, name another one with model=", self.url, first)
-        self._found = first
-        return first
+            logger.warning("%s has several models; %.200r is taken, name another one with model=", self.url, self._found)
+        return self._found
 
     def _words(self, reply: _Reply, route: str) -> str:
         return f"{self.url}/{route}: {reply.what}; {reply.todo.format(env=self.key_env, timeout=f'{self.timeout:g}')}"
@@ -386,8 +389,7 @@ def _hide(text: str, key: str) -> str:
 
 
 def _line(text: str, key: str) -> str:
-    text = "".join(c if c.isprintable() else " " for c in _hide(text, key)[:4096])
-    text = " ".join(text.split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in _hide(text, key)[:4096]).split())
     return text if len(text) <= 240 else text[:240] + "..."
 
 
