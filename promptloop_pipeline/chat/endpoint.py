@@ -118,9 +118,7 @@ class EndpointChat:
             return _Reply(what="the server has no model", todo="load one there first")
         if not names:  # without such a route there is one model, and nobody asks for its name (llama.cpp and its like)
             return reply if reply.what and reply.status not in (404, 405, 501) else "default"
-        self._found, *others = [
-            n for n in names if "embed" not in n.lower()
-        ] or names  # Ollama and LM Studio list what cannot chat
+        self._found, *others = [n for n in names if "embed" not in n.lower()] or names  # some list what cannot chat
         if others:
             logger.warning("%s has several models; %.200r is taken, name another one with model=", self.url, self._found)
         return self._found
