@@ -102,7 +102,7 @@ def install() -> None:
     async def _answer(request: web.Request) -> web.Response:
         try:
             status, line = answer(await request.json())
-        except ValueError:
+        except (ValueError, RecursionError):
             status, line = 400, "this is no JSON"
         return web.Response(status=status, text=line)
 

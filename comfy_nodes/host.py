@@ -186,7 +186,7 @@ class Run:
         """Asks the session."""
         from comfy.model_management import throw_exception_if_processing_interrupted
 
-        live.say(f"PromptLoop: looking at step {step} of {self.total} ...", self.node)
+        self.say(f"PromptLoop: looking at step {step} of {self.total} ...")
         with self.own_randomness():
             prompts = self.session.observe(step, sigma, preview)
         throw_exception_if_processing_interrupted()
@@ -218,7 +218,12 @@ class Run:
                     live.show(turn.image, step, self.total, self.node)
                 if sample == 0:
                     what = f"kept, since it failed: {turn.error}" if turn.error else turn.after
-                    live.say(f"PromptLoop, step {turn.step} of {self.total}: {what}", self.node)
+                    self.say(f"PromptLoop, step {turn.step} of {self.total}: {what}")
+
+    def say(self, text: str) -> None:
+        """Under a sampler that is not ours; ours has the timeline."""
+        if self.loop.owner != self.node:
+            live.say(text, self.node)
 
     # --- pictures -------------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,7 @@ class PromptLoop(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="For the sampler."),
                 RUN.Output(display_name="run", tooltip="For PromptLoop Result, which tells what happened."),
             ],
+            not_idempotent=True,  # two of them alike are two: each draws its own timeline
             hidden=[io.Hidden.unique_id],
         )
 
@@ -148,6 +149,7 @@ class PromptLoopGuider(io.ComfyNode):
                 io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced."),
                 RUN.Output(display_name="run", tooltip="For PromptLoop Result, which tells what happened."),
             ],
+            not_idempotent=True,  # two of them alike are two: each draws its own timeline
             hidden=[io.Hidden.unique_id],
         )
 
@@ -211,6 +213,7 @@ class PromptLoopSampler(io.ComfyNode):
                 io.String.Output(display_name="final_prompt", tooltip="The prompt at the end; one line for each picture."),
                 HISTORY.Output(display_name="history", tooltip="The whole record, for the history nodes."),
             ],
+            not_idempotent=True,  # two of them alike are two: each draws its own timeline
             hidden=[io.Hidden.unique_id],
         )
 
@@ -279,6 +282,7 @@ class PromptLoopResult(io.ComfyNode):
                 io.String.Output(display_name="final_prompt", tooltip="The prompt at the end; one line for each picture."),
                 HISTORY.Output(display_name="history", tooltip="The whole record, for the history nodes."),
             ],
+            not_idempotent=True,  # two of them alike are two: each draws its own timeline
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from promptloop_pipeline.trajectory import FILE, Trajectory, Turn, from_record, 
 
 KEY = "promptloop"
 DEPTH = 3  # levels of folders that are searched for records
+NESTED = 16  # levels of JSON within a run; ComfyUI copies its history again and again
+MOST = 10**9  # steps
 RECORDS = (".jsonl",)
 FORMS = ("json", "prompt editing", "table")
 
@@ -66,7 +71,10 @@ def read(path: str | Path, run: str = "", sample: int = 0) -> list[Trajectory]:
     """
     path, run = Path(path), run.strip()
     if path.suffix.lower() in RECORDS:
-        found = [_checked(t) for t in load(path)]
+        try:
+            found = [_checked(t) for t in load(path)]
+        except RecursionError:
+            raise ValueError(f"{path.name} cannot be read: it is nested too deeply") from None
         if run:
             found = _chosen({t.id: [t] for t in found}, run, path, "run")
     else:
@@ -109,6 +117,8 @@ def parse_metadata(text: str, name: str) -> dict[str, list[Trajectory]]:
     try:
         data = json.loads(text)
         runs = {str(node): [_checked(from_record(row)) for row in made["trajectories"]] for node, made in data["runs"].items()}
+    except RecursionError:
+        raise ValueError(f"the run in {name} cannot be read: it is nested too deeply") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"the run in {name} cannot be read ({type(e).__name__}: {e})") from e
     if not runs:
@@ -117,17 +127,42 @@ def parse_metadata(text: str, name: str) -> dict[str, list[Trajectory]]:
 
 
 def _checked(trajectory: Trajectory) -> Trajectory:
-    """What comes from a file may hold anything; what is drawn and replayed relies on these."""
-    kinds = {"step": int, "num_steps": int, "before": str, "after": str, "reasoning": str, "raw": str}
+    """What comes from a file may hold anything; what is drawn, replayed and kept in ComfyUI's history relies on this. A number that is
+    none (nan, inf) becomes None: browsers cannot read JSON that holds one. Raises ValueError."""
+    if not isinstance(trajectory.id, str) or not re.fullmatch(r"[\w-]{1,64}", trajectory.id):
+        raise ValueError(f"the id of a run is {trajectory.id!r:.80}; use 1 to 64 letters, digits, - and _")
     for turn in trajectory.turns:
-        for name, kind in kinds.items():
+        for name, kind in _KINDS.items():
             if not isinstance(value := getattr(turn, name), kind):
-                raise ValueError(f"{name} of a turn is {value!r:.80}, and no {kind.__name__}")
-        if not all(isinstance(note, str) for note in turn.notes) or not isinstance(turn.applied, int | None):
-            raise ValueError("the notes of a turn are no texts, or its step is no number")
+                raise ValueError(f"{name} of a turn is {value!r:.80}, and no {getattr(kind, '__name__', kind)}")
+            if kind in (int, _STEP) and value is not None and not 0 <= value <= MOST:
+                raise ValueError(f"{name} of a turn is out of range; use 0 to {MOST}")
+        if not all(isinstance(note, str) for note in turn.notes):
+            raise ValueError("the notes of a turn are no texts")
     if not isinstance(trajectory.scores, dict) or not isinstance(trajectory.meta, dict):
         raise ValueError("scores or meta are no JSON objects")
+    trajectory.turns = [replace(t, sigma=_finite(t.sigma), seconds=_finite(t.seconds)) for t in trajectory.turns]
+    trajectory.scores, trajectory.meta = _finite(trajectory.scores), _finite(trajectory.meta)
+    trajectory.others = [_checked(other) for other in trajectory.others]
     return trajectory
+
+
+_STEP = int | None
+_KINDS: dict[str, Any] = {
+    "step": int, "num_steps": int, "applied": _STEP, "before": str, "after": str, "reasoning": str, "raw": str, "error": str | None,
+    "boundary": str | None, "sigma": int | float | None, "seconds": dict, "tokens": _STEP, "format_ok": bool | None,
+}  # fmt: skip
+
+
+def _finite(value: Any, depth: int = 0) -> Any:
+    """JSON values with None for numbers that are none. Raises ValueError for what is nested so deeply that copying it would fail."""
+    if depth > NESTED:
+        raise ValueError(f"it is nested more than {NESTED} levels deep")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(v, depth + 1) for v in value]
+    return {k: _finite(v, depth + 1) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 # --- in words -----------------------------------------------------------------------------------------------------------
