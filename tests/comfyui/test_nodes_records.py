@@ -90,6 +90,43 @@ def test_broken_metadata_is_named(tmp_path, text, said):
     assert "x.png" in str(e.value)
 
 
+TURN = '{"step": 1, "num_steps": 2, "before": "a", "after": "b"'
+
+
+@pytest.mark.parametrize(
+    "turn, said",
+    [
+        (TURN + ', "error": {"a": 1}}', "error of a turn"), (TURN + ', "boundary": [1]}', "boundary of a turn"),
+        (TURN + ', "seconds": 3}', "seconds of a turn"), (TURN + ', "sigma": "x"}', "sigma of a turn"),
+        (TURN + ', "applied": -1}', "applied of a turn is out of range"),
+        (TURN.replace("1", "-3", 1) + "}", "step of a turn is out of range"),
+        (TURN.replace("2", "1" + 400 * "0") + "}", "num_steps of a turn is out of range"),
+        (TURN + ', "seconds": {"x": ' + 20 * "[" + 20 * "]" + "}}", "nested"),
+        (TURN + '}], "id": "../x", "others": [', "id of a run"), (TURN + '}], "id": 5, "others": [', "id of a run"),
+        (TURN + '}], "meta": {"x": ' + 900 * "[" + 900 * "]" + '}, "others": [', "nested"),
+        (TURN + '}], "others": [{"version": 1, "request": "x", "scores": 5}], "x": [', "scores or meta"),
+        (TURN + "}, " + 100_000 * "[", "nested too deeply"),
+    ],
+)  # fmt: skip
+def test_a_record_that_would_harm_what_shows_it_is_refused(tmp_path, turn, said):
+    record = '{"version": 1, "request": "x", "turns": [' + turn + "]}"
+    with pytest.raises(ValueError, match=said):
+        records.read(png(tmp_path / "x.png", {}, text='{"runs": {"1": {"trajectories": [' + record + "]}}}"))
+    (tmp_path / "trajectories.jsonl").write_text(record + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        records.read(tmp_path / "trajectories.jsonl")
+
+
+def test_numbers_that_are_none_do_not_reach_browsers(tmp_path):
+    """nan and inf are no JSON: one in ComfyUI's history, and no browser can read the history any more."""
+    turn = TURN + ', "sigma": NaN, "seconds": {"x": 1e999, "y": 0.5}}'
+    text = '{"version": 1, "request": "x", "scores": {"a": NaN}, "meta": {"m": [-Infinity, 2.5]}, "turns": [' + turn + "]}"
+    (t,) = records.read(png(tmp_path / "x.png", {}, text='{"runs": {"1": {"trajectories": [' + text + "]}}}"))
+    assert (t.turns[0].sigma, t.turns[0].seconds, t.scores, t.meta) == (
+        None, {"x": None, "y": 0.5}, {"a": None}, {"m": [None, 2.5]},
+    )  # fmt: skip
+
+
 def test_pictures_without_a_run_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "other.jpg")
