@@ -38,7 +38,7 @@ def rewritten(
             continue
         text = {name: value for name, value in old.items() if name in names and name != "hooks"}
         rest = {name: value for name, value in old.items() if name not in names or name == "hooks"}
-        if any(_same(rest, other) for other in done):
+        if "clip_start_percent" in old and any(_same(rest, other) for other in done):
             continue  # the parts of one text that its encoder splits by time: they are all in `news`
         done.append(rest)
         news = texts[prompts[0]] if same else _of_each(prompts, texts, text, rest, shape)

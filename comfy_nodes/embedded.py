@@ -119,7 +119,7 @@ class _Tokenizer:
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, Any]:
         return {k: v[:1] for k, v in self.windows.tokenize_with_weights(text, return_word_ids, **kwargs).items()}
 
-    def fit(self, prompt: str) -> str:
+    def promptloop_fit(self, prompt: str) -> str:
         """What of a prompt is not cut: up to the last comma, or, where that gives away too much, the last word."""
         from promptloop_pipeline.pipelines.budget import KEPT
 

@@ -13,9 +13,10 @@ range, hooks, guidance, reference latents) stays.
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from promptloop_pipeline.schedule import RefinementSchedule
@@ -26,6 +27,7 @@ from . import live
 from .conditioning import Cond, equal, rewritten
 from .pictures import data_uri, samples_of, to_image
 
+logger = logging.getLogger("promptloop")
 KEY = "promptloop"
 KEPT = 32  # runs that a loop remembers, for samplers that come from ComfyUI's cache
 TARGET = "promptloop_target"  # on conditioning entries that may be rewritten
@@ -51,7 +53,9 @@ class Loop:
     wait: bool = True
     source: bool = False
     owner: str | None = None
-    runs: dict[str, tuple[Any, list[Trajectory]]] = field(default_factory=dict)  # by sampler, see `add`; the last ones
+    runs: dict[str, tuple[Any, dict[int, list[Trajectory]]]] = field(
+        default_factory=dict
+    )  # by sampler, see `add`; the last ones
 
     def __post_init__(self) -> None:
         if not self.request.strip():
@@ -67,20 +71,27 @@ class Loop:
 
     def add(self, trajectories: Sequence[Trajectory]) -> None:
         """Keeps a run under its sampler: that node and all that it depends on, since ComfyUI takes what such a node has made before
-        for another one that is the same. A node that samples several times in one prompt has all of it."""
+        for another one that is the same. A node that samples several times in one prompt has all of it, by the items of a list."""
         now = live.running()
         graph, node = (now["graph"], now["node"]) if now else ({}, None)
         key, this = live.signature(graph, str(node)), (now and now["prompt_id"], node)
-        before, made = self.runs.pop(key, (None, []))
-        self.runs[key] = (this, [*(made if before == this else []), *trajectories])
+        before, made = self.runs.pop(key, (None, {}))
+        made = made if before == this else {}
+        made.setdefault(live.item(), []).extend(trajectories)
+        self.runs[key] = (this, made)
         while len(self.runs) > KEPT:
             del self.runs[next(iter(self.runs))]
-        live.keep(self.runs[key][1])
+        live.keep(trajectories)
 
     def made(self, graph: dict[str, Any], nodes: Sequence[str]) -> list[Trajectory] | None:
-        """What the first of these nodes did that has sampled with this loop; None where none has."""
-        keys = (live.signature(graph, node) for node in nodes)
-        return next((self.runs[key][1] for key in keys if key in self.runs), None)
+        """What the first of these nodes did that has sampled with this loop; None where none has. Of a node that has been run for each
+        item of a list: for the item at hand."""
+        keys = [live.signature(graph, node) for node in nodes]
+        keys += [k for node in nodes for k in reversed(self.runs) if k.startswith(f"{node}.")]  # a node made it of itself
+        found = next((self.runs[key][1] for key in keys if key in self.runs), None)
+        if found is None:
+            return None
+        return found[live.item()] if live.item() in found else [t for run in found.values() for t in run]
 
 
 def _local(refiner: Any) -> str | None:
@@ -122,12 +133,15 @@ class Run:
         self.noise, self.latent_image, self.denoise_mask, self.seed = noise, latent_image, denoise_mask, seed
         self.prompt_id, self.node = live.where()
         self.total, count = len(sigmas) - 1, noise.shape[0]
-        self.targets = self.find_targets()
+        if _name(sampler) == "dpm_fast_function":  # takes up to three of the steps that it is asked for in one of its own
+            self.total = self.total // 3 + 1
+        self.base = {k: [c.copy() for c in v] for k, v in self.guider.conds.items()}  # with what other wrappers did to it
+        self.targets, self.checked = self.find_targets(), False
         self.session = Session(
             [loop.request] * count, loop.refiner, loop.refine_at, strict=loop.strict, cancel=InterruptProcessingException,
             meta=[{"host": "ComfyUI", "seed": seed, "sampler": _name(sampler), "index": k} for k in range(count)],
             asynchronous=not loop.wait, interrupted=processing_interrupted,
-            fit=getattr(getattr(loop.clip, "tokenizer", None), "fit", None),  # of the embedded one; ComfyUI's own take any length
+            fit=self.fit(),
         )  # fmt: skip
         last = -1
 
@@ -142,8 +156,8 @@ class Run:
         try:
             self.session.start(self.total)
             live.send("begin", requests=self.session.prompts, num_steps=self.total, due=list(self.session.due), **self.ids())
-            if loop.source and bool(latent_image.any()):
-                self.session.sources = self.pictures(self.loop.vae.decode(self.unpacked(latent_image)))
+            if loop.source and bool(latent_image.any()) and bool(noise.any()):  # no noise: it goes on with another's run
+                self.show_source(latent_image)
             self.turn(0, None, None)
             result = self.execute(noise, latent_image, sampler, sigmas, denoise_mask, on_step, disable_pbar, seed, **extra)
             self.finish(result, float(sigmas[-1]))
@@ -156,6 +170,18 @@ class Run:
             loop.add(trajectories)
             failures = sum(len(t.failures) for t in trajectories)
             live.send("end", prompts=self.session.prompts, failures=failures, **self.ids())
+
+    def fit(self) -> Callable[[str], str] | None:
+        """Of the embedded text encoder; ComfyUI's own take any length."""
+        cut: Any = getattr(getattr(self.loop.clip, "tokenizer", None), "promptloop_fit", None)
+
+        def fitting(text: str) -> str:
+            try:
+                return cut(text)
+            except Exception:  # nothing that could be encoded: encoding it says so, and costs the turn only
+                return text
+
+        return None if cut is None else fitting
 
     def ids(self) -> dict[str, Any]:
         return {"prompt_id": self.prompt_id, "node": self.node, "owner": self.loop.owner or self.node}
@@ -171,15 +197,17 @@ class Run:
         if prompts is not None:
             clock = time.perf_counter()
             try:
-                self.swap(prompts, running=step > 0)
+                note = self.swap(prompts, running=step > 0)
                 self.session.applied(time.perf_counter() - clock)
+                for t, had in zip(self.session.trajectories, before, strict=True):
+                    t.turns[had:] = [replace(turn, notes=(*turn.notes, *note)) for turn in t.turns[had:]]
             except Exception as e:
                 if isinstance(e, self.session.cancel):
                     raise
                 self.session.rejected(e)
                 prompts = None
         if prompts is None and step > 0:
-            self.bring_back(self.guider.original_conds)
+            self.bring_back(self.base)
         self.report(before, step)
 
     def observe(self, step: int, sigma: float | None, preview: Callable[[], list[Any]] | None) -> list[str] | None:
@@ -244,6 +272,15 @@ class Run:
         rough = form.process_in(x0)
         return to_image([previewer.decode_latent_to_preview(rough[k : k + 1]) for k in range(rough.shape[0])])
 
+    def show_source(self, latent: Any) -> None:
+        """To the refiner. A source that cannot be decoded costs the refiner this picture, not the artist the run."""
+        try:
+            self.session.sources = self.pictures(self.loop.vae.decode(self.unpacked(latent)))
+        except Exception as e:
+            if self.loop.strict or isinstance(e, self.session.cancel):
+                raise
+            logger.warning("the picture that the run starts from cannot be shown to the refiner: %s: %s", type(e).__name__, e)
+
     def unpacked(self, latent: Any) -> Any:
         """The picture's part of a latent that holds sound too."""
         import comfy.utils
@@ -261,7 +298,7 @@ class Run:
 
         Raises ValueError when that leaves a choice, or when there is nothing positive.
         """
-        positive = self.guider.original_conds.get("positive")
+        positive = self.base.get("positive")
         if not positive:
             raise ValueError(f"{type(self.guider).__name__} has no positive conditioning, so there is no prompt to refine")
         if marked := [k for k, cond in enumerate(positive) if cond.get(TARGET)]:
@@ -282,12 +319,26 @@ class Run:
 
         return comfy.sampler_helpers.convert_cond(self.loop.clip.encode_from_tokens_scheduled(self.loop.clip.tokenize(text)))
 
-    def swap(self, prompts: Sequence[str], running: bool) -> None:
-        """Puts the prompts, one for each sample, in the place of the text. running: whether sampling has begun."""
+    def unlike(self) -> list[str]:
+        """What a rewrite takes away beside the words that it was told of, as a note."""
+        made = [cond.get("cross_attn") for cond in self.encode(self.loop.request)]
+        for text in (self.base["positive"][k].get("cross_attn") for k in self.targets):
+            if text is not None and not any(equal(text[:1], m) for m in made):
+                return [
+                    "the positive conditioning was not made of this prompt by this CLIP alone (other words, another text node, a "
+                    "node that mixes texts); the rewrite takes the place of all its text"
+                ]
+        return []
+
+    def swap(self, prompts: Sequence[str], running: bool) -> list[str]:
+        """Puts the prompts, one for each sample, in the place of the text. running: whether sampling has begun. Returns notes."""
         import comfy.samplers
 
         guider = self.guider
-        conds = {k: [c.copy() for c in v] for k, v in guider.original_conds.items()}
+        frames = [h.hook_keyframe for cs in guider.conds.values() for c in cs if "hooks" in c for h in c["hooks"].hooks]
+        where = [vars(frame).copy() for frame in frames]  # encoding and processing begin them anew
+        notes, self.checked = [] if self.checked else self.unlike(), True
+        conds = {k: [c.copy() for c in v] for k, v in self.base.items()}
         conds["positive"] = rewritten(
             conds["positive"], self.targets, prompts, self.loop.request, self.encode, self.noise.shape
         )
@@ -295,7 +346,7 @@ class Run:
         comfy.samplers.filter_registered_hooks_on_conds(conds, guider.model_options)
         if not running:
             guider.conds = conds
-            return
+            return notes
         self.bring_back(conds)
         device = guider.model_patcher.load_device
         latent_image = self.latent_image.to(device)
@@ -306,6 +357,9 @@ class Run:
             guider.inner_model, self.noise.to(device), conds, device, latent_image, self.denoise_mask, self.seed,
             **{k: v for k, v in self.extra.items() if k in known},
         )  # fmt: skip
+        for frame, state in zip(frames, where, strict=True):
+            vars(frame).update(state)
+        return notes
 
     def bring_back(self, conds: dict[str, list[Cond]]) -> None:
         """Decoding, encoding and the refiner may have pushed the diffusion model and its LoRA out; costs nothing if they have not."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,8 @@ KEY = "promptloop"
 VERSION = 1
 KEPT = 256  # finished runs whose record is remembered, for prompts that take them from ComfyUI's cache
 _finished: OrderedDict[str, Any] = OrderedDict()  # record by signature
+_latest: dict[str, Any] = {}  # the node that sampled last, and its runs in this prompt
+_queued: list[Any] = []  # weakly, the entries of prompts that ComfyUI still holds
 
 
 def install() -> None:
@@ -41,6 +44,14 @@ def where() -> tuple[str | None, str | None]:
 
     context = get_executing_context()
     return (None, None) if context is None else (context.prompt_id, context.node_id)
+
+
+def item() -> int:
+    """Which item of a list ComfyUI executes the node for, from 0."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return 0 if context is None else context.list_index or 0
 
 
 def send(event: str, **data: Any) -> None:
@@ -114,6 +125,8 @@ def from_record(record: Any) -> list[Trajectory]:
 class _Shared(dict):
     """The queue keeps deep copies of what it runs; this entry stays one and the same in all of them."""
 
+    awaits: dict[str, str]  # node by signature
+
     def __deepcopy__(self, memo: Any) -> _Shared:
         return self
 
@@ -123,9 +136,12 @@ def on_prompt(request: dict[str, Any]) -> dict[str, Any]:
     graph: Any = request.get("prompt")
     ours = isinstance(graph, dict) and any(str(_class(node)).startswith("PromptLoop") for node in graph.values())
     if ours and isinstance(extra := request.setdefault("extra_data", {}), dict):
-        runs = {node: _finished[key] for node in graph if (key := signature(graph, node)) in _finished}
+        keys = signatures(graph)
+        shared = _Shared(version=VERSION, runs={node: _finished[key] for node, key in keys.items() if key in _finished})
+        shared.awaits = {key: node for node, key in keys.items()}
+        _queued.append(weakref.ref(shared))
         info = extra.get("extra_pnginfo")
-        extra["extra_pnginfo"] = (info if isinstance(info, dict) else {}) | {KEY: _Shared(version=VERSION, runs=runs)}
+        extra["extra_pnginfo"] = (info if isinstance(info, dict) else {}) | {KEY: shared}
     return request
 
 
@@ -145,12 +161,21 @@ def keep(trajectories: Sequence[Trajectory]) -> None:
     """Adds a finished run of the node that executes now to the metadata of its prompt."""
     if (now := running()) is None:
         return
-    made = record(trajectories)
+    this, made = (now["prompt_id"], now["node"]), record(trajectories)
+    if _latest.get("of") == this:  # a node that samples several times, or is run once for each item of a list
+        made["trajectories"] = _latest["made"]["trajectories"] + made["trajectories"]
+    _latest.update(of=this, made=made)
     shared = now["info"].get(KEY)
     if isinstance(shared, _Shared):
         shared["runs"][now["node"]] = made
     if now["node"] in now["graph"]:  # not one that another node made in running
-        _finished[signature(now["graph"], now["node"])] = made
+        key = signature(now["graph"], now["node"])
+        for other in list(_queued):  # which take it from ComfyUI's cache
+            if (target := other()) is None:
+                _queued.remove(other)
+            elif key in target.awaits:
+                target["runs"][target.awaits[key]] = made
+        _finished[key] = made
         while len(_finished) > KEPT:
             _finished.popitem(last=False)
 
@@ -158,23 +183,32 @@ def keep(trajectories: Sequence[Trajectory]) -> None:
 def signature(graph: dict[str, Any], node: str) -> str:
     """Of a node and all that it depends on: two of the same signature give the same result. The name itself, where it is not in
     the graph."""
+    return signatures(graph).get(node, node)
+
+
+def signatures(graph: dict[str, Any]) -> dict[str, str]:
+    """Those of all nodes. Each is made of the node's own inputs and the signatures that its links lead to, so that large graphs cost
+    no more than their text."""
     import hashlib
 
-    if node not in graph:
-        return node
-
-    order: dict[str, int] = {}
-    waiting = [node]
-    while waiting:
-        name = waiting.pop()
-        if name not in order and name in graph:
-            order[name] = len(order)
-            waiting += [value[0] for value in _inputs(graph[name]).values() if _is_link(value)]
-    text = [
-        [_class(graph[n]), {k: [order.get(v[0]), v[1]] if _is_link(v) else v for k, v in _inputs(graph[n]).items()}]
-        for n in order
-    ]
-    return hashlib.sha256(json.dumps(text, sort_keys=True, default=str).encode()).hexdigest()
+    found: dict[str, str] = {}
+    begun: set[str] = set()
+    for start in graph:
+        waiting = [start]
+        while waiting:
+            name = waiting[-1]
+            links = [v[0] for v in _inputs(graph[name]).values() if _is_link(v)]
+            todo = [n for n in links if n in graph and n not in begun] if name not in begun else []
+            begun.add(name)
+            if todo:
+                waiting += todo
+                continue
+            waiting.pop()
+            if name not in found:
+                inputs = {k: [found.get(v[0]), v[1]] if _is_link(v) else v for k, v in _inputs(graph[name]).items()}
+                text = json.dumps([_class(graph[name]), inputs], sort_keys=True, default=str)
+                found[name] = hashlib.sha256(text.encode()).hexdigest()
+    return found
 
 
 def _class(node: Any) -> Any:

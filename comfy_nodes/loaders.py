@@ -25,7 +25,7 @@ EMBEDDED = {f"embedded: {name}": WEIGHTS / folder for name, folder in REFINERS.i
 AUTO, NONE = "auto", "none"
 DTYPES = (AUTO, "bfloat16", "float16", "float32")
 SHARE = {"8bit": 0.6, "4bit": 0.4}  # of the files' size, roughly, that the quantized weights take
-ENV = re.compile(r"[A-Za-z_]\w*")
+ENV = re.compile(r"PROMPTLOOP_[A-Z0-9_]+")
 CHECK = 10.0  # seconds for a server to name its models
 
 
@@ -187,7 +187,7 @@ class PromptLoopLoadRefiner(io.ComfyNode):
                 ),
                 *_answer_inputs(),
             ],
-            outputs=[REFINER.Output(display_name="refiner")],
+            outputs=[REFINER.Output(display_name="refiner", tooltip="For the loop, Rewrite Prompt, Guard Refiner and Ask Me.")],
         )
 
     @classmethod
@@ -236,14 +236,14 @@ class PromptLoopEndpointRefiner(io.ComfyNode):
                 io.String.Input(
                     "key_env",
                     default="PROMPTLOOP_API_KEY",
-                    tooltip="The name of the environment variable that holds the key, for servers that want one. It is never saved.",
+                    tooltip="The name of the environment variable with the key, where one is wanted: PROMPTLOOP_... Never the key.",
                 ),
                 io.Float.Input("timeout", default=60.0, min=1.0, max=3600.0, step=1.0, tooltip="Seconds for one answer."),
                 io.Boolean.Input("sees", default=True, tooltip="Whether the model takes pictures."),
                 io.Boolean.Input("check_first", default=True, tooltip="Ask the server for its models before sampling starts."),
                 *_answer_inputs(),
             ],
-            outputs=[REFINER.Output(display_name="refiner")],
+            outputs=[REFINER.Output(display_name="refiner", tooltip="For the loop, Rewrite Prompt, Guard Refiner and Ask Me.")],
         )
 
     @classmethod
@@ -280,16 +280,15 @@ def _problem(given: str | None, check: Callable[[], Any]) -> bool | str:
 
 
 def _variable(name: str) -> str:
-    """A key that was put here by mistake is not repeated. Raises ValueError."""
+    """A workflow comes from anybody: it may name a key that was put aside for refiners, and no other variable. A key that was put here
+    by mistake is not repeated. Raises ValueError."""
     if name and not ENV.fullmatch(name):
         raise ValueError(
-            "key_env takes the name of an environment variable, such as PROMPTLOOP_API_KEY, never the key itself: put the key "
-            "into that variable before ComfyUI starts"
+            "key_env takes the name of an environment variable that begins with PROMPTLOOP_, such as PROMPTLOOP_API_KEY, never the "
+            "key itself: put the key into that variable before ComfyUI starts"
         )
     if name not in ("", "PROMPTLOOP_API_KEY") and name not in os.environ:
-        raise ValueError(
-            "there is no environment variable of the name that key_env gives: set it before ComfyUI starts, or leave key_env as it was"
-        )
+        raise ValueError(f"there is no environment variable {name}: set it before ComfyUI starts, or leave key_env as it was")
     return name or "PROMPTLOOP_API_KEY"
 
 

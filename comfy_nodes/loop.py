@@ -237,7 +237,7 @@ class PromptLoopSampler(io.ComfyNode):
         latent, denoised = _sampled(
             patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
         )
-        made: list[Any] = next(iter(loop.runs.values()), (None, []))[1]
+        made = [t for _, runs in loop.runs.values() for run in runs.values() for t in run]
         return _output(cls, latent, made or _untouched(loop, latent), denoised)
 
 
@@ -258,7 +258,13 @@ def _sampled(
         noise_mask=latent.get("noise_mask"), callback=latent_preview.prepare_callback(model, steps, last),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
     )  # fmt: skip
-    denoised = samples if "x0" not in last else model.model.process_latent_out(last["x0"].float().cpu())
+    if "x0" not in last:
+        return latent | {"samples": samples}, latent | {"samples": samples}
+    denoised = model.model.process_latent_out(last["x0"].float().cpu())
+    if getattr(samples, "is_nested", False):  # video with sound
+        from comfy.nested_tensor import NestedTensor
+
+        denoised = NestedTensor(comfy.utils.unpack_latents(denoised, [part.shape for part in samples.unbind()]))
     return latent | {"samples": samples}, latent | {"samples": denoised.to(samples.device)}
 
 
@@ -283,15 +289,16 @@ class PromptLoopResult(io.ComfyNode):
                 HISTORY.Output(display_name="history", tooltip="The whole record, for the history nodes."),
             ],
             not_idempotent=True,  # two of them alike are two: each draws its own timeline
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.dynprompt],
         )
 
     @classmethod
     def execute(cls, run: Any, latent: Any) -> Any:
         from . import live
 
-        graph = cls.hidden.prompt or {}
-        made = run.made(graph, live.upstream(graph, str(cls.hidden.unique_id), "latent"))
+        graph, now = cls.hidden.prompt or {}, cls.hidden.dynprompt
+        whole = {node: now.get_node(node) for node in now.all_node_ids()}  # with what nodes have made of themselves in running
+        made = run.made(graph, live.upstream(whole, str(cls.hidden.unique_id), "latent"))
         if made is None:
             raise ValueError(
                 "no sampler before this node has used this run; connect run of the PromptLoop node whose model, or guider, the "

@@ -175,7 +175,7 @@ def _counts(t: Trajectory) -> str:
 def _score(name: str, value: float | None) -> str:
     mark, number = "", "not scored" if value is None else f"{float(value):.3f}"
     if value in (0, 1) and (isinstance(value, bool) or "strict" in name.lower()):
-        word, sign = ("passed", "✓") if value else ("failed", "✗")
+        word, sign = ("passed", "\u2713") if value else ("failed", "\u2717")
         mark = f'<span class="{word}" role="img" aria-label="{word}">{sign}</span> '
     return f'<div><dt dir="auto">{escape(name)}</dt><dd>{mark}{number}</dd></div>'
 

@@ -26,7 +26,7 @@ _STOP = frozenset(
     str.split(
         "a an and are as at be been being but by can could did do does for from had has have he her him his i if in into is it me my "
         "of on or our please she should so some than that the their them then there these they this those to us was we were what "
-        "where which while who whose will with would you your 的 了 の は が を に と"
+        "where which while who whose will with would you your \u7684 \u4e86 \u306e \u306f \u304c \u3092 \u306b \u3068"
     )
 )
 _NUMBERS = dict(

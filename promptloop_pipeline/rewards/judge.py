@@ -214,8 +214,11 @@ def _raised_in(error: BaseException, function: Any) -> bool:
 # --- reading ------------------------------------------------------------------------------------------------------------
 # Every repetition is bounded, or time would grow with the square of the length.
 
-SCORE = ("score", "rating", "grade", "marks", "评分", "分数", "得分", "スコア", "点数", "점수", "оценка", "puntuación")
-_OF = r"(?:\s{0,3}(?:/|out of|of|von|sur|из|de)\s{0,3}(?P<of>\d{1,9}))?"
+SCORE = (
+    "score", "rating", "grade", "marks", "puntuación", "\u8bc4\u5206", "\u5206\u6570", "\u5f97\u5206", "\u30b9\u30b3\u30a2",
+    "\u70b9\u6570", "\uc810\uc218", "\u043e\u0446\u0435\u043d\u043a\u0430",
+)  # fmt: skip  # Chinese, Japanese, Korean, Russian
+_OF = r"(?:\s{0,3}(?:/|out of|of|von|sur|\u0438\u0437|de)\s{0,3}(?P<of>\d{1,9}))?"
 _NUMBER = rf"(?P<n>[-+]?\d{{1,9}}(?:\.\d{{1,30}}|,\d{{1,2}})?){_OF}"
 _ENDS = r"(?![\d%]|[.,]\d|e[-+]?\d|\s?%|\s?[-\u2013~/]\s?\d|\s(?:to|or|and)\s\d)"  # 7-8, 70% and 1e9 are no scores
 _SIGNS = str.maketrans("\uff0e\u066b\uff0c\uff0f\u2044\u2212\uff0d", "..,//--")

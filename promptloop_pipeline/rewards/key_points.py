@@ -200,8 +200,14 @@ def _better(said: Completion) -> float | str:
 # --- reading ------------------------------------------------------------------------------------------------------------
 # None of these ever raises. Every repetition is bounded, or time would grow with the square of the length.
 
-_YES = r"(?:(?:yes|yeah|true|correct|oui|s[i\u00ed]|ja|да|예|네|نعم|हाँ|हां)(?![^\W_])|是的|是(?!否)|对的|はい)"
-_NO = r"(?:(?:no|nope|false|incorrect|non|nein|нет|아니요|아니오|لا|नहीं)(?![^\W_])|不|没有|否|いいえ)"
+_YES = (  # also in Russian, Korean, Arabic, Hindi; Chinese, Japanese
+    r"(?:(?:yes|yeah|true|correct|oui|s[i\u00ed]|ja|\u0434\u0430|\uc608|\ub124|\u0646\u0639\u0645|\u0939\u093e\u0901|\u0939\u093e\u0902)(?![^\W_])"
+    r"|\u662f\u7684|\u662f(?!\u5426)|\u5bf9\u7684|\u306f\u3044)"
+)
+_NO = (
+    r"(?:(?:no|nope|false|incorrect|non|nein|\u043d\u0435\u0442|\uc544\ub2c8\uc694|\uc544\ub2c8\uc624|\u0644\u0627|\u0928\u0939\u0940\u0902)(?![^\W_])"
+    r"|\u4e0d|\u6ca1\u6709|\u5426|\u3044\u3044\u3048)"
+)
 _VERDICT = re.compile(rf"[\W_]{{0,40}}(?:(?P<yes>{_YES})|{_NO})(?!\s(?:and|or)\s(?:yes|no)\b)", re.I)
 _LAST = re.compile(
     rf"[\W_]{{0,40}}(?:(?:final\s)?answer[\s*_]{{0,9}}(?:is|:|\uff1a)[\s*_\"']{{0,9}})?(?:(?P<yes>{_YES})|{_NO})[\W_]{{0,40}}",

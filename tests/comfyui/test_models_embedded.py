@@ -208,8 +208,8 @@ def _prompts(world):
         "cut": _largest(world.text(words)[0][0], world.text(cut)[0][0]),
         "windows": len(windows),
         "cut with weights": len(world.clip.tokenize("(red:1.2) (blue:1.1) " * 15)["l"][0]),
-        "fit": world.clip.tokenizer.fit(words),
-        "fit, no comma": world.clip.tokenizer.fit("red " * 30),
+        "fit": world.clip.tokenizer.promptloop_fit(words),
+        "fit, no comma": world.clip.tokenizer.promptloop_fit("red " * 30),
         "weighted": _largest(world.text("red circle")[0][0], world.text("(red:1.5) circle")[0][0]),
         "skipped layer": _largest(world.text("red circle")[0][0], world.text("red circle", skipped)[0][0]),
     }

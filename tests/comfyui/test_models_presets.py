@@ -46,7 +46,8 @@ def test_a_server_that_is_not_there_is_told_before_sampling(found):
 
 def test_a_key_is_never_repeated(found):
     assert "sk-verysecret" not in found["key"] and "never the key itself" in found["key"]
-    assert "no environment variable" in found["unset"] and "hf_verysecret" not in found["unset"]
+    assert "no environment variable" in found["unset"]
+    assert "begins with PROMPTLOOP_" in found["anothers"]  # a workflow from somebody else must not send any variable anywhere
 
 
 # --- inside ComfyUI ---------------------------------------------------------------------------------------------------
@@ -94,7 +95,8 @@ def endpoints(here):
         "wrong url": check(url="localhost"),
         "right url": check(url="localhost:11434"),
         "key": common.error_of(load, server.url, key_env="sk-verysecret"),
-        "unset": common.error_of(load, server.url, key_env="hf_verysecret"),
+        "anothers": common.error_of(load, server.url, key_env="PATH"),
+        "unset": common.error_of(load, server.url, key_env="PROMPTLOOP_NOT_SET"),
     }
 
 

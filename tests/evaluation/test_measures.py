@@ -310,7 +310,7 @@ def test_arm_measures(tmp_path: Path) -> None:
     arm = [
         trajectory("two red cubes", "2 red cubes, soft light", "a red cube", image=plain("black"), meta={"seconds": 1.0}),
         trajectory("two red cubes", "two red cubes, soft light", image=plain("white"), meta={"seconds": 3.0}),
-        trajectory("一只猫", image=plain("red"), meta={"seconds": 2.0}),
+        trajectory("\u4e00\u53ea\u732b", image=plain("red"), meta={"seconds": 2.0}),
         trajectory("", "a failed one", meta={"seconds": 2.0}),
     ]
     found = arm_measures(arm)

@@ -20,7 +20,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 HOSTILE = (
     """<script>alert("1")</script> & 'quoted' "double" <img src=x onerror=alert(1)> </p></details>""",
     "W" * 4000,
-    "\u202eabc مرحبا بالعالم",
+    "\u202eabc \u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645",
     "\ud800 lone surrogate \x00 and control",
     "https://example.com/<b>",
     "",
@@ -101,7 +101,7 @@ def test_content(tmp_path: Path) -> None:
     assert page.texts("h2") == ["Summary", "Prompt 1 of 2", "Prompt 2 of 2"]
     assert page.texts("p", "request") == ["a cat", "a dog"]
     assert page.texts("h3") == ["raw", "loop", "loop"] * 2
-    assert page.texts("dl", "scores") == ["overlap0.123", "strict✓ 1.000overlap1.000"] * 2
+    assert page.texts("dl", "scores") == ["overlap0.123", "strict\u2713 1.000overlap1.000"] * 2
     assert page.texts("p", "small") == ["no turns", "4 turns, 1 failed"] * 2
     assert "note of raw" in page.texts("dl", "arms")[0]
 
@@ -147,7 +147,7 @@ def test_only_what_a_report_is_about_is_unfolded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [
-        ("strict", 0.0, "✗ 0.000"), ("tiny_strict", 1, "✓ 1.000"), ("strict", 0.5, "0.500"), ("right", True, "✓ 1.000"),
+        ("strict", 0.0, "\u2717 0.000"), ("tiny_strict", 1, "\u2713 1.000"), ("strict", 0.5, "0.500"), ("right", True, "\u2713 1.000"),
         ("overlap", 1.0, "1.000"), ("overlap", 0.0, "0.000"), ("strict", None, "not scored"), ("x", float("nan"), "nan"),
     ],
 )  # fmt: skip
@@ -155,7 +155,7 @@ def test_scores(tmp_path: Path, name: str, value: float | None, shown: str) -> N
     _, page = write(tmp_path, arm("a", "x", **{name: value}))
     assert page.texts("dl", "scores") == [name + shown]
     sign = [a["aria-label"] for a in page.attributes("span") if a.get("role") == "img"]
-    assert sign == {"✓": ["passed"], "✗": ["failed"]}.get(shown[0], [])
+    assert sign == {"\u2713": ["passed"], "\u2717": ["failed"]}.get(shown[0], [])
 
 
 @pytest.mark.parametrize("pixelated", [False, True])
@@ -296,7 +296,7 @@ def test_pixelated_is_a_matter_of_style(tmp_path: Path) -> None:
         ("a ball", "a ball\n", "a ball<ins>\n</ins>"),
         ("", "<b>", "<ins>&lt;b&gt;</ins>"),
         ("a & b", "a < b", "a<del> &amp;</del><ins> &lt;</ins> b"),
-        ("一只红猫", "一只蓝猫", "一只<del>红</del><ins>蓝</ins>猫"),
+        ("\u4e00\u53ea\u7ea2\u732b", "\u4e00\u53ea\u84dd\u732b", "\u4e00\u53ea<del>\u7ea2</del><ins>\u84dd</ins>\u732b"),
         # one word in common is no reason to cut two unlike sentences up
         (
             "the ball is left of it",
@@ -309,7 +309,7 @@ def test_word_diff(before: str, after: str, expected: str) -> None:
     assert word_diff(before, after) == expected
 
 
-WORDS = ["red", "ball", ", ", " ", "\n", "  ", "<", "left", "猫", "(x:1.2)", "é", "ـة", "&amp;"]
+WORDS = ["red", "ball", ", ", " ", "\n", "  ", "<", "left", "\u732b", "(x:1.2)", "é", "\u0640\u0629", "&amp;"]
 
 
 @pytest.mark.parametrize("seed", range(200))

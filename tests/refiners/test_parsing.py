@@ -73,17 +73,17 @@ CASES = {
     "keep the cat": ("keep the cat", "keep the cat", "", False),
     "ends with keep": ("a castle with a keep", "a castle with a keep", "", False),
     "in the midst KEEP": ("<answer>a stone KEEP</answer>", "a stone KEEP", "", True),
-    "Chinese": ("<answer>一只红色的猫，坐在垫子上</answer>", "一只红色的猫，坐在垫子上", "", True),
-    "Arabic": ("<answer>قطة حمراء على سجادة</answer>", "قطة حمراء على سجادة", "", True),
-    "Persian": ("<answer>می\u200cخواهم</answer>", "می\u200cخواهم", "", True),  # with a zero-width non-joiner
-    "Hindi": ("<answer>एक लाल बिल्ली</answer>", "एक लाल बिल्ली", "", True),
+    "Chinese": ("<answer>\u4e00\u53ea\u7ea2\u8272\u7684\u732b\uff0c\u5750\u5728\u57ab\u5b50\u4e0a</answer>", "\u4e00\u53ea\u7ea2\u8272\u7684\u732b\uff0c\u5750\u5728\u57ab\u5b50\u4e0a", "", True),  # noqa: E501
+    "Arabic": ("<answer>\u0642\u0637\u0629 \u062d\u0645\u0631\u0627\u0621 \u0639\u0644\u0649 \u0633\u062c\u0627\u062f\u0629</answer>", "\u0642\u0637\u0629 \u062d\u0645\u0631\u0627\u0621 \u0639\u0644\u0649 \u0633\u062c\u0627\u062f\u0629", "", True),  # noqa: E501
+    "Persian": ("<answer>\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645</answer>", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "", True),  # with a zero-width non-joiner  # noqa: E501
+    "Hindi": ("<answer>\u090f\u0915 \u0932\u093e\u0932 \u092c\u093f\u0932\u094d\u0932\u0940</answer>", "\u090f\u0915 \u0932\u093e\u0932 \u092c\u093f\u0932\u094d\u0932\u0940", "", True),  # noqa: E501
     "emoji": (f"<answer>{FAMILY} at the sea</answer>", f"{FAMILY} at the sea", "", True),
     "nothing but emoji": (f"<answer>{FAMILY}</answer>", FAMILY, "", True),
     "lone surrogates": ("<answer>a\ud800 cat\udfff</answer>", "a cat", "", True),
     "surrogates in a tag": ("<ans\udc80wer>a cat</answer>", "a cat", "", True),
     "NUL and control characters": ("<answer>a\x00cat\x07\x1b[31m\x7f</answer>", "a cat [31m", "", True),
     "direction overrides": ("<answer>\ufeffa \u202ecat\u202c\u2066!\u2069</answer>", "a cat!", "", True),
-    "cut off within a character": ("<answer>a 红\ufffd", "a 红", "", False),
+    "cut off within a character": ("<answer>a \u7ea2\ufffd", "a \u7ea2", "", False),
     "control characters only": ("\x00\x01\x02", NOTHING, "", False),
     "empty": ("", NOTHING, "", False),
     "whitespace": (" \n\t\u3000\u2028 ", NOTHING, "", False),
@@ -139,9 +139,9 @@ def test_keep_at_the_end_of_what_was_said_without_a_tag(said):
     assert parse_answer(said).error is None
 
 
-@pytest.mark.parametrize("pair", ["''", '""', "``", "“”", "„“", "‘’", "«»", "「」", "『』"])
+@pytest.mark.parametrize("pair", ["''", '""', "``", "“”", "„“", "‘’", "«»", "\u300c\u300d", "\u300e\u300f"])
 def test_quotes_around_it_all(pair):
-    for inside in ("a cat", "KEEP OUT sign", "一只猫"):
+    for inside in ("a cat", "KEEP OUT sign", "\u4e00\u53ea\u732b"):
         assert parse_answer(f"<answer>{pair[0]}{inside}{pair[1]}</answer>").prompt == inside
     parts = f"{pair[0]}a{pair[1]} and {pair[0]}b{pair[1]}"
     assert parse_answer(parts).prompt == parts
@@ -167,7 +167,7 @@ LONG = {
     "openings": "<think>", "answers": "<answer>", "answers closed": "</answer>", "pairs": "<answer>a</answer>",
     "thoughts": "<think>a</think>b", "halves": "<think ", "less than, spaces": "<" + " " * 200, "slashes": "</", "half specials": "<|a",
     "specials": "<|im_end|>", "fences": "```", "fence lines": "```\n`\n", "quotes": '"', "stars": "*", "keep": "keep the ", "NUL": "\0",
-    "surrogates": "\udc80", "emoji": FAMILY, "Arabic": "قطة ", "returns": "\r", "labels": "prompt: ", "colons": ":",
+    "surrogates": "\udc80", "emoji": FAMILY, "Arabic": "\u0642\u0637\u0629 ", "returns": "\r", "labels": "prompt: ", "colons": ":",
     "mixed": "<think><answer></think>", "ends KEEP": ". KEEP",
 }  # fmt: skip
 

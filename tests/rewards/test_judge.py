@@ -79,7 +79,7 @@ def test_scores_are_those_of_the_pictures():
     """Answers come back in any order, and some pictures are not asked about."""
     values = [100, N, 0, 200, 40, 180]
     images = [v if v is None else grey(v) for v in values]
-    prompts = ["a cat", "a cat", "a dog", "a dog", "  \n", "猫"]
+    prompts = ["a cat", "a cat", "a dog", "a dog", "  \n", "\u732b"]
     with Server(answer=by_shade) as server:
         reward = vlm_judge(server.url, **QUICK)
         assert reward(images, prompts, refined=["x"] * 6) == [5, N, 0, 10, N, 9]
@@ -307,8 +307,8 @@ def test_a_cancel_gets_through(on_token):
         ("<think>a 2, or <score>3</score></think><score>7</score>", 7), ("<think>clearly a 7/10", N),
         ("<think>yes: <score>7</score>", 7), ("all of this was thought</think><score>7</score>", 7), ("<think>7</think>", N),
         ("<|begin_of_box|>7<|end_of_box|>", 7), ("<score>\uff17</score>", 7), ("<score>\u0667</score>", 7),
-        ("<score>\u0667\u066b\u0665</score>", 7.5), ("<score>७</score>", 7), ("综合评分\uff1a\uff18\uff0e\uff15分", 8.5),
-        ("得分: 8/10", 8), ("оценка: 8 из 10", 8), ("スコア\uff1a8", 8), ("점수: 8점", 8), ("8分", 8), ("x²", N), ("", N),
+        ("<score>\u0667\u066b\u0665</score>", 7.5), ("<score>\u096d</score>", 7), ("\u7efc\u5408\u8bc4\u5206\uff1a\uff18\uff0e\uff15\u5206", 8.5),  # noqa: E501
+        ("\u5f97\u5206: 8/10", 8), ("\u043e\u0446\u0435\u043d\u043a\u0430: 8 \u0438\u0437 10", 8), ("\u30b9\u30b3\u30a2\uff1a8", 8), ("\uc810\uc218: 8\uc810", 8), ("8\u5206", 8), ("x²", N), ("", N),  # noqa: E501
         ("I cannot.", N), ("Score: 7\n\nA score of 10 would need the dog.", 7), ('{"score": 7.0, "reason": "score of 3 things"}', 7),
         ("Final Score: 7 out of 10 (was 9/10 before)", 7),
     ],

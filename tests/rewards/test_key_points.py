@@ -151,7 +151,16 @@ def test_a_check_that_fails_is_left_out(caplog):
     json.dumps(judged.details)
 
 
-@pytest.mark.parametrize("request_", [*ATTACKS, "三只红色的猫\uff0c没有狗", "ثلاث قطط حمراء", "три рыжих кота", "🐈🐈🐈"])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        *ATTACKS,
+        "\u4e09\u53ea\u7ea2\u8272\u7684\u732b\uff0c\u6ca1\u6709\u72d7",
+        "\u062b\u0644\u0627\u062b \u0642\u0637\u0637 \u062d\u0645\u0631\u0627\u0621",
+        "\u0442\u0440\u0438 \u0440\u044b\u0436\u0438\u0445 \u043a\u043e\u0442\u0430",
+        "\U0001f408\U0001f408\U0001f408",
+    ],
+)
 def test_any_request(request_):
     """A request does not leave its block, and a question made of it does not leave its own."""
 
@@ -240,8 +249,8 @@ def test_plans_in_words(text):
     [
         ('["Is it red?", "Is it big?"]', ["Is it red?", "Is it big?"]),
         ('["Is it red?",\n"Is it big?",\n"Is it', ["Is it red?", "Is it big?"]),
-        ("计数 | 图中有三只猫吗\uff1f\n否定\uff5c没有狗吗\uff1f", ["图中有三只猫吗\uff1f", "没有狗吗\uff1f"]),
-        ("- هل توجد ثلاث قطط\u061f", ["هل توجد ثلاث قطط\u061f"]),
+        ("\u8ba1\u6570 | \u56fe\u4e2d\u6709\u4e09\u53ea\u732b\u5417\uff1f\n\u5426\u5b9a\uff5c\u6ca1\u6709\u72d7\u5417\uff1f", ["\u56fe\u4e2d\u6709\u4e09\u53ea\u732b\u5417\uff1f", "\u6ca1\u6709\u72d7\u5417\uff1f"]),  # noqa: E501
+        ("- \u0647\u0644 \u062a\u0648\u062c\u062f \u062b\u0644\u0627\u062b \u0642\u0637\u0637\u061f", ["\u0647\u0644 \u062a\u0648\u062c\u062f \u062b\u0644\u0627\u062b \u0642\u0637\u0637\u061f"]),  # noqa: E501
         ("counting | three cats", ["three cats"]), ("nothing to ask", []), ("", []), ("[]", []), ("{}", []), ("???", []), ("a | b", []),
         ("[" * 100_000, []), ("counting | " + "a" * 501, []), ('{"question": 7}', []), ("[1, 2]", []), ("[[null, null]]", []),
     ],
@@ -259,9 +268,9 @@ def test_plans_in_other_words(text, questions):
         ("There are two.\nAnswer: no", False), ("There are three.\n\n**Final answer:** Yes", True), ("It is.\nYes.", True),
         ("Yes, at first.\nAnswer: No", False), ("<think>yes</think><answer>no", False), ("<think>yes", N), ("yes and no", N),
         ("Yes or no?", N), ("maybe", N), ("", N), ("<answer>N</answer>", N), ("Nothing", N), ("Yesterday", N), ("not sure", N),
-        ("true", True), ("False", False), ("是的\uff0c有三只", True), ("不是", False), ("没有", False), ("是否如此", N),
-        ("はい", True), ("いいえ", False), ("예", True), ("아니요", False), ("Да, есть", True), ("нет", False), ("sí", True),
-        ("oui", True), ("nein", False), ("نعم", True), ("لا", False),
+        ("true", True), ("False", False), ("\u662f\u7684\uff0c\u6709\u4e09\u53ea", True), ("\u4e0d\u662f", False), ("\u6ca1\u6709", False), ("\u662f\u5426\u5982\u6b64", N),  # noqa: E501
+        ("\u306f\u3044", True), ("\u3044\u3044\u3048", False), ("\uc608", True), ("\uc544\ub2c8\uc694", False), ("\u0414\u0430, \u0435\u0441\u0442\u044c", True), ("\u043d\u0435\u0442", False), ("sí", True),  # noqa: E501
+        ("oui", True), ("nein", False), ("\u0646\u0639\u0645", True), ("\u0644\u0627", False),
     ],
 )  # fmt: skip
 def test_verdicts_in_words(text, verdict):
@@ -284,7 +293,7 @@ def test_comparisons_in_words(text, better):
 
 
 WORDS = ["<answer>", "</answer>", "<better>", "yes", "no", " ", "\n", "1", "2", "|", "?", "counting", "[", "]", "{", "}", '"', ":", ",",
-         "question", "<think>", "</think>", "Image 1 is better", "- ", "1. ", "*", "`", "是", "("]  # fmt: skip
+         "question", "<think>", "</think>", "Image 1 is better", "- ", "1. ", "*", "`", "\u662f", "("]  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None)

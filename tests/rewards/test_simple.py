@@ -23,7 +23,7 @@ def test_length():
     call = ([None] * 6, ["a"] * 6)
     assert Length()(*call, refined=refined, other=1) == [0, 1, 1, 0, 0, None]
     assert Length(miss=-1)(*call, refined=refined) == [-1, 1, 1, -1, -1, None]
-    assert Length(0, 2)(*call, refined=["a b", "a b c", "", "  a\n", "é 漢 字", "a-b c"]) == [1, 0, 1, 1, 0, 1]
+    assert Length(0, 2)(*call, refined=["a b", "a b c", "", "  a\n", "é \u6f22 \u5b57", "a-b c"]) == [1, 0, 1, 1, 0, 1]
     with pytest.raises(ValueError, match="the reward length needs refined=, a list"):
         Length()([None], ["a"])
     with pytest.raises(ValueError, match="needs refined="):
