@@ -36,19 +36,29 @@ def rewritten(
         if k not in targets:
             found.append(old)
             continue
-        text = {name: value for name, value in old.items() if name in names and name != "hooks"}
-        rest = {name: value for name, value in old.items() if name not in names or name == "hooks"}
-        if "clip_start_percent" in old and any(_same(rest, other) for other in done):
+        rest, split = _part(old, names, False), "clip_start_percent" in old
+        if split and any(_same(rest, other) for other in done):
             continue  # the parts of one text that its encoder splits by time: they are all in `news`
         done.append(rest)
-        news = texts[prompts[0]] if same else _of_each(prompts, texts, text, rest, shape)
+        whole = [positive[j] for j in targets if _same(_part(positive[j], names, False), rest)] if split else [old]
+        parts = [_part(part, names, True) for part in whole]
+        news = texts[prompts[0]] if same else _of_each(prompts, texts, parts, rest, shape)
         found += [{**{n: v for n, v in new.items() if n not in rest}, **rest, "model_conds": {}} for new in news]
     return found
 
 
-def _of_each(prompts: Sequence[str], texts: dict[str, list[Cond]], old: Cond, rest: Cond, shape: Sequence[int]) -> list[Cond]:
-    """The entries' texts where the samples' prompts are not all the same. old: the text of the request."""
-    rows = batched([texts.get(p) or [{name: _row(v, i) for name, v in old.items()}] for i, p in enumerate(prompts)])
+def _part(cond: Cond, names: set[str], text: bool) -> Cond:
+    """What of an entry is its text, or what is not."""
+    return {name: value for name, value in cond.items() if (name in names and name != "hooks") == text}
+
+
+def _of_each(
+    prompts: Sequence[str], texts: dict[str, list[Cond]], old: list[Cond], rest: Cond, shape: Sequence[int]
+) -> list[Cond]:
+    """The entries' texts where the samples' prompts are not all the same. old: the text of the request, in the parts that its
+    encoder splits it into by time."""
+    each = [texts.get(p) or [{name: _row(v, i) for name, v in part.items()} for part in old] for i, p in enumerate(prompts)]
+    rows = batched(each)
     if rows is not None:
         return rows
     if hung := {"mask", "area", "gligen"} & set(rest):
@@ -57,7 +67,7 @@ def _of_each(prompts: Sequence[str], texts: dict[str, list[Cond]], old: Cond, re
             f"{sorted(hung)[0]}; use a batch size of 1"
         )
     return [
-        new | {"mask": _mask([q == p for q in prompts], shape)} for p in dict.fromkeys(prompts) for new in texts.get(p) or [old]
+        new | {"mask": _mask([q == p for q in prompts], shape)} for p in dict.fromkeys(prompts) for new in texts.get(p) or old
     ]
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,7 +87,7 @@ class Loop:
     def made(self, graph: dict[str, Any], nodes: Sequence[str]) -> list[Trajectory] | None:
         """What the first of these nodes did that has sampled with this loop; None where none has. Of a node that has been run for each
         item of a list: for the item at hand."""
-        keys = [live.signature(graph, node) for node in nodes]
+        keys = [key for node in nodes for key in (live.signature(graph, node), node)]
         keys += [k for node in nodes for k in reversed(self.runs) if k.startswith(f"{node}.")]  # a node made it of itself
         found = next((self.runs[key][1] for key in keys if key in self.runs), None)
         if found is None:
@@ -335,30 +336,27 @@ class Run:
         import comfy.samplers
 
         guider = self.guider
-        frames = [h.hook_keyframe for cs in guider.conds.values() for c in cs if "hooks" in c for h in c["hooks"].hooks]
-        where = [vars(frame).copy() for frame in frames]  # encoding and processing begin them anew
-        notes, self.checked = [] if self.checked else self.unlike(), True
-        conds = {k: [c.copy() for c in v] for k, v in self.base.items()}
-        conds["positive"] = rewritten(
-            conds["positive"], self.targets, prompts, self.loop.request, self.encode, self.noise.shape
-        )
-        comfy.samplers.preprocess_conds_hooks(conds)
-        comfy.samplers.filter_registered_hooks_on_conds(conds, guider.model_options)
-        if not running:
-            guider.conds = conds
-            return notes
-        self.bring_back(conds)
-        device = guider.model_patcher.load_device
-        latent_image = self.latent_image.to(device)
-        if bool(latent_image.any()):  # as ComfyUI does: an empty latent is not shifted
-            latent_image = guider.inner_model.process_latent_in(latent_image)
-        known = inspect.signature(comfy.samplers.process_conds).parameters
-        guider.conds = comfy.samplers.process_conds(
-            guider.inner_model, self.noise.to(device), conds, device, latent_image, self.denoise_mask, self.seed,
-            **{k: v for k, v in self.extra.items() if k in known},
-        )  # fmt: skip
-        for frame, state in zip(frames, where, strict=True):
-            vars(frame).update(state)
+        with _kept([h.hook_keyframe for cs in guider.conds.values() for c in cs if "hooks" in c for h in c["hooks"].hooks]):
+            notes, self.checked = [] if self.checked else self.unlike(), True
+            conds = {k: [c.copy() for c in v] for k, v in self.base.items()}
+            conds["positive"] = rewritten(
+                conds["positive"], self.targets, prompts, self.loop.request, self.encode, self.noise.shape
+            )
+            comfy.samplers.preprocess_conds_hooks(conds)
+            comfy.samplers.filter_registered_hooks_on_conds(conds, guider.model_options)
+            if not running:
+                guider.conds = conds
+                return notes
+            self.bring_back(conds)
+            device = guider.model_patcher.load_device
+            latent_image = self.latent_image.to(device)
+            if bool(latent_image.any()):  # as ComfyUI does: an empty latent is not shifted
+                latent_image = guider.inner_model.process_latent_in(latent_image)
+            known = inspect.signature(comfy.samplers.process_conds).parameters
+            guider.conds = comfy.samplers.process_conds(
+                guider.inner_model, self.noise.to(device), conds, device, latent_image, self.denoise_mask, self.seed,
+                **{k: v for k, v in self.extra.items() if k in known},
+            )  # fmt: skip
         return notes
 
     def bring_back(self, conds: dict[str, list[Cond]]) -> None:
@@ -369,6 +367,17 @@ class Run:
         guider.inner_model, _, guider.loaded_models = comfy.sampler_helpers.prepare_sampling(
             guider.model_patcher, self.noise.shape, conds, guider.model_options
         )
+
+
+@contextmanager
+def _kept(frames: Sequence[Any]) -> Iterator[None]:
+    """Keyframes of hooks stay where they are: encoding and processing conditionings begin them anew."""
+    where = [vars(frame).copy() for frame in frames]
+    try:
+        yield
+    finally:
+        for frame, state in zip(frames, where, strict=True):
+            vars(frame).update(state)
 
 
 def _name(sampler: Any) -> str:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import Linear
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from promptloop_pipeline.tiny.language import MAX_TOKENS, parse, training_caption
@@ -191,9 +192,9 @@ class ReadOut(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.randn(5 + len(CELLS), WIDTH))
-        self.key, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.quadrant = nn.Linear(WIDTH, len(SHAPES) + len(COLORS) + len(RADIUS) + 3)
-        self.background, self.cell = nn.Linear(WIDTH, len(BACKGROUNDS) + 1), nn.Linear(WIDTH, 2)
+        self.key, self.value = Linear(WIDTH, WIDTH), Linear(WIDTH, WIDTH)
+        self.quadrant = Linear(WIDTH, len(SHAPES) + len(COLORS) + len(RADIUS) + 3)
+        self.background, self.cell = Linear(WIDTH, len(BACKGROUNDS) + 1), Linear(WIDTH, 2)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights = (self.query @ self.key(states).transpose(1, 2) / WIDTH**0.5).softmax(-1)  # (B, 21, tokens)

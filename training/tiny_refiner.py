@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Linear
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -227,7 +228,7 @@ def see(model: Any, images: np.ndarray) -> Tensor:
 
 
 def train_vision(model: Any, previews: Previews, out: Path, steps: int, batch: int = 64) -> None:
-    head = nn.Linear(WIDTH, sum(PARTS) + 1)
+    head = Linear(WIDTH, sum(PARTS) + 1)
     params = [*model.model.vision_model.parameters(), *model.model.connector.parameters(), *head.parameters()]
     stage = Stage("vision", out, params, steps, 2e-3, 0.3, {"model": model, "head": head})
     for g in stage:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from .images import crop_pixels, in_batches, pad_pixels
 from .weights import (
@@ -192,13 +193,13 @@ def aesthetic(
 
 
 def _linear_head(width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, 1))
+    return nn.Sequential(Linear(width, 1))
 
 
 def _mlp_head(width: int) -> nn.Module:
     drop = nn.Identity()  # dropout in training; it keeps the published numbering
     return nn.Sequential(
-        nn.Linear(width, 1024), drop, nn.Linear(1024, 128), drop, nn.Linear(128, 64), drop, nn.Linear(64, 16), nn.Linear(16, 1)
+        Linear(width, 1024), drop, Linear(1024, 128), drop, Linear(128, 64), drop, Linear(64, 16), Linear(16, 1)
     )
 
 

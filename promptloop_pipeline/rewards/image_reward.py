@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from .images import crop_pixels, in_batches
 from .weights import Source, as_dtype, best_device, fill, find_weights, load_tokenizer, plain, read_checkpoint, refuse
@@ -63,7 +64,7 @@ class ImageRewardModel(nn.Module):
         widths = [text["hidden_size"], *head]
         layers: list[nn.Module] = []
         for k, (a, b) in enumerate(zip(widths, widths[1:])):
-            layers.append(nn.Linear(a, b))
+            layers.append(Linear(a, b))
             if k < 3:
                 layers.append(nn.Identity())  # dropout in training; it keeps the published numbering
         self.mlp = nn.Sequential(*layers)

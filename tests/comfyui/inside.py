@@ -7,6 +7,7 @@ are `Probe<TYPE>`, which gives an object of `OBJECTS` by name, and `ProbeKeep`, 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import sys
 import uuid
@@ -137,6 +138,27 @@ class Runner:
             if event in ("execution_error", "execution_interrupted"):
                 raise Failed(event, data)
         return self.executor.history_result["outputs"]
+
+
+class Swaps:
+    """Counts how often conditioning is processed beyond the once of each run, that is, how often it was swapped while sampling."""
+
+    def __init__(self) -> None:
+        import comfy.samplers
+
+        self.count, original = 0, comfy.samplers.process_conds
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return original(*args, **kwargs)
+
+        counted.__signature__ = inspect.signature(original)
+        comfy.samplers.process_conds = counted
+
+    def taken(self) -> int:
+        """Since the last call."""
+        count, self.count = self.count, 0
+        return count - 1
 
 
 def answer(result: Any) -> None:

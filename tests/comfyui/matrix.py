@@ -13,7 +13,7 @@ from typing import Any
 import checkpoints
 import inside
 import torch
-from inside import KEPT, OBJECTS, Graph, Runner
+from inside import KEPT, OBJECTS, Graph, Runner, Swaps
 
 A, B = "a red ball on a green lawn", "an old lighthouse in a winter storm, oil painting"
 STEPS, AT = 6, 2  # the swap acts from step 2 on
@@ -159,27 +159,6 @@ class World:
         if not hasattr(self, "_model"):
             self._model = nodes.CheckpointLoaderSimple().load_checkpoint(f"tiny_{self.file}.ckpt")[0]
         return self._model
-
-
-class Swaps:
-    """Counts how often conditioning is processed beyond the once of each run, that is, how often it was swapped while sampling."""
-
-    def __init__(self) -> None:
-        import comfy.samplers
-
-        self.count, original = 0, comfy.samplers.process_conds
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            return original(*args, **kwargs)
-
-        counted.__signature__ = __import__("inspect").signature(original)
-        comfy.samplers.process_conds = counted
-
-    def taken(self) -> int:
-        """Since the last call."""
-        count, self.count = self.count, 0
-        return count - 1
 
 
 def row(refined: torch.Tensor, expected: torch.Tensor, untouched: torch.Tensor, swaps: int) -> dict[str, Any]:

@@ -148,11 +148,14 @@ def test_a_dropped_picture_shows_the_run_that_made_it(page, comfy):
     page.evaluate(
         """async (data) => {
           const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-          await app.handleFile(new File([bytes], "dropped.png", { type: "image/png" }));
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+          app.canvas.canvas.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
         }""",
         data,
     )
-    page.wait_for_timeout(500)
+    page.wait_for_function("() => app.graph.nodes.some((n) => n.type === 'PromptLoop')")
+    page.wait_for_timeout(1000)
     assert final in panel(page, "PromptLoop") and final in panel(page, "PromptLoopResult")
 
 

@@ -17,6 +17,7 @@ from promptloop_training.examples import Example, Selection, answer_of, gather, 
 from promptloop_training.record import read_log
 from promptloop_training.sft import SFTLoopConfig, WordedOracle, teach, train
 from safetensors.torch import load_file
+from torch.nn import Linear
 from transformers import TrainerState
 from trl import ModelConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -419,7 +420,7 @@ def test_some_requests_are_held_out(tmp_path, taught, chats):
 
 
 def test_a_gradient_that_is_no_number_stops_before_the_weights_take_it():
-    layer = torch.nn.Linear(2, 1)
+    layer = Linear(2, 1)
     layer(torch.tensor([[1.0, 2.0]])).sum().backward()
     state, args = TrainerState(global_step=4), SFTLoopConfig.__new__(SFTLoopConfig)
     args.output_dir = "nowhere"

@@ -6,6 +6,7 @@ import numpy as np
 import promptloop_training.tiny_generator as recipe
 import pytest
 import torch
+from torch.nn import Linear
 
 from promptloop_pipeline.tiny.language import parse, training_caption
 from promptloop_pipeline.tiny.tokenizer import build_tokenizer
@@ -43,7 +44,7 @@ def test_resume_equals_never_having_stopped(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_state(tmp_path):
-    parameter = torch.nn.Linear(1, 1)
+    parameter = Linear(1, 1)
     stage = recipe.Stage("x", tmp_path, list(parameter.parameters()), 3, 1e-3, 0.5, {"model": parameter})
     with pytest.raises(RuntimeError, match=r"x: the loss is nan at step 0; the last good state is .*x\.pt"):
         stage.update(torch.tensor(float("nan")))

@@ -1,6 +1,6 @@
 // Ask Me: while sampling waits, the artist sees the preview and the suggestion, and accepts, edits or skips.
 import { api } from "../../../scripts/api.js";
-import { copyButton, diffElements, el, picture, text } from "./common.js";
+import { copyButton, diffElements, el, page, picture, text } from "./common.js";
 
 const queue = []; // open questions, oldest first
 let open = null; // {question, dialog, area, ...} of the one that is shown
@@ -72,7 +72,7 @@ function next() {
   dialog.addEventListener("keydown", keys);
   for (const name of ["keyup", "keypress", "copy", "paste", "cut"])
     dialog.addEventListener(name, (event) => event.stopPropagation());
-  document.body.append(dialog);
+  page().append(dialog);
   open.timer = setInterval(count, 250);
   update();
   count();

@@ -1,6 +1,7 @@
 // What the timeline and the question dialog share: texts, elements, word diffs, the graph.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { ComfyDialog } from "../../../scripts/ui.js";
 
 export const TEXT = {
   en: {
@@ -194,6 +195,18 @@ export function diffElements(before, after) {
   return wordDiff(before, after).map(([kind, words]) => el(tags[kind], { title: titles[kind] }, words));
 }
 
+let own = null;
+
+// Where hangs what belongs to no node (the style sheet, a question, an enlarged picture): in a dialog of ComfyUI's own kind.
+export function page() {
+  if (!own) {
+    own = new ComfyDialog("div", []).element;
+    own.className = "promptloop-page";
+    own.replaceChildren();
+  }
+  return own;
+}
+
 // navigator.clipboard is missing where the page comes over plain http from another machine.
 export async function copyText(words) {
   try {
@@ -201,7 +214,7 @@ export async function copyText(words) {
   } catch {
     const area = el("textarea", { style: "position:fixed;opacity:0" });
     area.value = words;
-    document.body.append(area);
+    page().append(area);
     area.select();
     document.execCommand("copy");
     area.remove();

@@ -46,18 +46,22 @@ function stopAll() {
 }
 
 // A picture's own metadata tells its own run; the workflow beside it was stored before that run began.
-function readDroppedPictures() {
-  const original = app.handleFile;
-  if (typeof original !== "function") return;
-  app.handleFile = async function (file, ...rest) {
-    const result = await original.call(this, file, ...rest);
-    try {
-      if (file?.type === "image/png") showRecord(await getPngMetadata(file));
-    } catch (error) {
-      console.error("PromptLoop: the record in the picture could not be read", error);
-    }
-    return result;
-  };
+const SOON = 5000; // ms in which the workflow of a dropped picture is there
+let dropped = null;
+
+function drop(event) {
+  dropped = { file: event.dataTransfer?.files?.[0], at: Date.now() };
+}
+
+async function readDroppedPicture() {
+  const { file, at } = dropped ?? {};
+  dropped = null;
+  if (file?.type !== "image/png" || Date.now() - at > SOON) return;
+  try {
+    showRecord(await getPngMetadata(file));
+  } catch (error) {
+    console.error("PromptLoop: the record in the picture could not be read", error);
+  }
 }
 
 // Records lie under the ids of samplers. They are shown there, or on our nodes before and after a sampler that is not ours.
@@ -87,7 +91,7 @@ function upstream(node, found = new Set()) {
 }
 
 app.registerExtension({
-  name: "PromptLoop",
+  name: "promptloop.timeline",
   async setup() {
     addStyle();
     listen("promptloop.begin", each(timeline.begin));
@@ -97,7 +101,12 @@ app.registerExtension({
     listen("promptloop.asked", asked);
     listen("execution_error", stopAll);
     listen("execution_interrupted", stopAll);
-    readDroppedPictures();
+    window.addEventListener("drop", drop, true);
+    const open = await api.fetchApi(`/promptloop/questions?client_id=${encodeURIComponent(api.clientId ?? "")}`);
+    if (open.ok) for (const question of await open.json()) ask(question); // asked before this page was loaded again
+  },
+  afterConfigureGraph() {
+    readDroppedPicture();
   },
   async beforeRegisterNodeDef(nodeType, nodeData) {
     if (!WITH_TIMELINE.has(nodeData.name)) return;

@@ -1,6 +1,9 @@
 // One style sheet, in the colours of ComfyUI's theme. What is added is underlined and what is removed struck through:
 // blue and orange beside that are told apart by colour-blind eyes too.
+import { page } from "./common.js";
+
 const CSS = `
+.promptloop-page { display: contents; }
 .promptloop { font: 12px/1.4 Inter, Arial, sans-serif; color: var(--input-text, #ddd); box-sizing: border-box; }
 .promptloop, .promptloop-ask { --promptloop-warn: #9a4b00; --promptloop-blue: #0a5c96; }
 .dark-theme .promptloop, .dark-theme .promptloop-ask { --promptloop-warn: #e69f00; --promptloop-blue: #58a6e8; }
@@ -65,9 +68,8 @@ const CSS = `
 `;
 
 export function addStyle() {
-  if (document.getElementById("promptloop-style")) return;
+  if (page().querySelector("style")) return;
   const style = document.createElement("style");
-  style.id = "promptloop-style";
   style.textContent = CSS;
-  document.head.append(style);
+  page().append(style);
 }

@@ -1,5 +1,5 @@
 // The timeline of a run, drawn in a node: a row for each look.
-import { copyButton, diffElements, el, percent, picture, text } from "./common.js";
+import { copyButton, diffElements, el, page, percent, picture, text } from "./common.js";
 
 const KEPT = ["step", "num_steps", "before", "after", "reasoning", "error", "boundary", "notes", "applied", "image"];
 const LONG = 160; // characters of reasoning that are shown unfolded
@@ -238,15 +238,15 @@ function why(reasoning) {
 function thumb(image) {
   const enlarge = () => {
     const large = el("button", { type: "button", class: "promptloop-large" }, image.cloneNode());
-    const close = () => (large.remove(), document.removeEventListener("keydown", escape, true));
-    const escape = (event) => {
-      if (event.key !== "Escape") return;
-      event.stopPropagation();
-      close();
-    };
+    const before = document.activeElement;
+    const close = () => (large.remove(), before?.focus?.());
     large.addEventListener("click", close);
-    document.addEventListener("keydown", escape, true);
-    document.body.append(large);
+    large.addEventListener("keydown", (event) => {
+      event.stopPropagation();
+      if (event.key === "Escape" || event.key === "Tab") close();
+    });
+    page().append(large);
+    large.focus();
   };
   return el(
     "button",
