@@ -134,8 +134,9 @@ class Run:
         self.noise, self.latent_image, self.denoise_mask, self.seed = noise, latent_image, denoise_mask, seed
         self.prompt_id, self.node = live.where()
         self.total, count = len(sigmas) - 1, noise.shape[0]
-        if _name(sampler) == "dpm_fast_function":  # takes up to three of the steps that it is asked for in one of its own
-            self.total = self.total // 3 + 1
+        stride = (
+            3 if _name(sampler) == "dpm_fast_function" else 1
+        )  # it takes up to three of the steps asked for in one of its own
         self.base = {k: [c.copy() for c in v] for k, v in self.guider.conds.items()}  # with what other wrappers did to it
         self.targets, self.checked = self.find_targets(), False
         self.session = Session(
@@ -150,9 +151,11 @@ class Run:
             nonlocal last
             if callback is not None:
                 callback(step, x0, x, total)  # ComfyUI's own: the bar, its preview; raises on cancel
+            step *= stride
             if last < step and step + 1 < self.total:  # the rest of a last step has nothing left to be refined
+                for due in [d for d in self.session.due if last + 1 < d <= step + 1] or [step + 1]:
+                    self.turn(due, float(sigmas[step]), lambda: self.pictures(self.decoded(x0)))
                 last = step
-                self.turn(step + 1, float(sigmas[step]), lambda: self.pictures(self.decoded(x0)))
 
         try:
             self.session.start(self.total)
@@ -230,6 +233,11 @@ class Run:
 
     def finish(self, result: Any, sigma: float) -> None:
         """The turn "end", if there is one: it looks at the finished picture."""
+        taken = {turn.step for turn in self.session.trajectories[0].turns} | {self.total}
+        for trajectory in self.session.trajectories if set(self.session.due) - taken and self.loop.wait else ():
+            trajectory.meta["left out"] = sorted(
+                set(self.session.due) - taken
+            )  # the sampler made fewer steps than it was asked for
         before = [len(t.turns) for t in self.session.trajectories]
         with self.own_randomness():
             self.session.finish(None, sigma, lambda: self.pictures(self.loop.vae.decode(self.unpacked(result))))
