@@ -13,7 +13,6 @@ from comfy_api.latest import io
 
 from promptloop_pipeline import MLLMRefiner
 from promptloop_pipeline.chat import Sampling
-from promptloop_pipeline.chat.endpoint import EndpointChat
 from promptloop_pipeline.refiners.template import Template, load_template
 from promptloop_pipeline.tiny import REFINERS, TEMPLATE, WEIGHTS, quiet
 
@@ -248,6 +247,8 @@ class PromptLoopEndpointRefiner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, url: str | None = None) -> bool | str:
+        from promptloop_pipeline.chat.endpoint import EndpointChat
+
         return _problem(url, lambda: EndpointChat(str(url)))
 
     @classmethod
@@ -259,6 +260,8 @@ class PromptLoopEndpointRefiner(io.ComfyNode):
         cls, url: str, model: str, template: str, key_env: str, timeout: float, sees: bool, check_first: bool,
         max_new_tokens: int, temperature: float, seed: int,
     ) -> io.NodeOutput:  # fmt: skip
+        from promptloop_pipeline.chat.endpoint import EndpointChat
+
         told = load_preset(template)
         key_env = _variable(key_env.strip())
         sampling = _sampling(told, max_new_tokens, temperature, seed)
@@ -292,7 +295,7 @@ def _variable(name: str) -> str:
     return name or "PROMPTLOOP_API_KEY"
 
 
-def _ask_for_models(chat: EndpointChat) -> None:
+def _ask_for_models(chat: Any) -> None:
     """Raises ValueError with one line for a server that is not there, or refuses the key."""
     from comfy.model_management import throw_exception_if_processing_interrupted
 
