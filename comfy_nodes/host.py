@@ -87,7 +87,8 @@ class Loop:
     def made(self, graph: dict[str, Any], nodes: Sequence[str]) -> list[Trajectory] | None:
         """What the first of these nodes did that has sampled with this loop; None where none has. Of a node that has been run for each
         item of a list: for the item at hand."""
-        keys = [key for node in nodes for key in (live.signature(graph, node), node)]
+        named = live.signatures(graph)
+        keys = [key for node in nodes for key in (named.get(node, node), node)]
         keys += [k for node in nodes for k in reversed(self.runs) if k.startswith(f"{node}.")]  # a node made it of itself
         found = next((self.runs[key][1] for key in keys if key in self.runs), None)
         if found is None:
@@ -122,7 +123,6 @@ class Run:
 
     def __init__(self, loop: Loop, execute: Any) -> None:
         self.loop, self.execute, self.guider = loop, execute, execute.class_obj
-        self.total = 0
 
     def __call__(
         self, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, denoise_mask: Any = None, callback: Any = None,
@@ -134,9 +134,7 @@ class Run:
         self.noise, self.latent_image, self.denoise_mask, self.seed = noise, latent_image, denoise_mask, seed
         self.prompt_id, self.node = live.where()
         self.total, count = len(sigmas) - 1, noise.shape[0]
-        stride = (
-            3 if _name(sampler) == "dpm_fast_function" else 1
-        )  # it takes up to three of the steps asked for in one of its own
+        stride = 3 if _name(sampler) == "dpm_fast_function" else 1  # of the steps asked for, in one of its own
         self.base = {k: [c.copy() for c in v] for k, v in self.guider.conds.items()}  # with what other wrappers did to it
         self.targets, self.checked = self.find_targets(), False
         self.session = Session(
@@ -234,10 +232,9 @@ class Run:
     def finish(self, result: Any, sigma: float) -> None:
         """The turn "end", if there is one: it looks at the finished picture."""
         taken = {turn.step for turn in self.session.trajectories[0].turns} | {self.total}
-        for trajectory in self.session.trajectories if set(self.session.due) - taken and self.loop.wait else ():
-            trajectory.meta["left out"] = sorted(
-                set(self.session.due) - taken
-            )  # the sampler made fewer steps than it was asked for
+        if self.loop.wait and (missed := sorted(set(self.session.due) - taken)):  # the sampler made fewer steps than asked for
+            for trajectory in self.session.trajectories:
+                trajectory.meta["left out"] = list(missed)
         before = [len(t.turns) for t in self.session.trajectories]
         with self.own_randomness():
             self.session.finish(None, sigma, lambda: self.pictures(self.loop.vae.decode(self.unpacked(result))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from promptloop_pipeline.tiny import REFINERS, TEMPLATE, WEIGHTS, quiet
 
 from .memory import AFTERWARDS, ManagedRefiner, Weights, best_dtype, forget_on_free, shared
 from .presets import load_preset, preset_names, preset_stamp
-from .types import REFINER
+from .types import REFINER, problem
 
 EMBEDDED = {f"embedded: {name}": WEIGHTS / folder for name, folder in REFINERS.items()}
 AUTO, NONE = "auto", "none"
@@ -191,7 +190,7 @@ class PromptLoopLoadRefiner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model: str | None = None) -> bool | str:
-        return _problem(model, lambda: find(str(model), "config.json"))
+        return problem(model, lambda: find(str(model), "config.json"))
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, adapter: str = NONE, template: str = AUTO, **_: Any) -> Any:
@@ -249,7 +248,7 @@ class PromptLoopEndpointRefiner(io.ComfyNode):
     def validate_inputs(cls, url: str | None = None) -> bool | str:
         from promptloop_pipeline.chat.endpoint import EndpointChat
 
-        return _problem(url, lambda: EndpointChat(str(url)))
+        return problem(url, lambda: EndpointChat(str(url)))
 
     @classmethod
     def fingerprint_inputs(cls, template: str = "", **_: Any) -> Any:
@@ -270,16 +269,6 @@ class PromptLoopEndpointRefiner(io.ComfyNode):
         if check_first:
             _ask_for_models(EndpointChat(url, key_env=key_env, timeout=min(timeout, CHECK), retries=0))
         return io.NodeOutput(refiner)
-
-
-def _problem(given: str | None, check: Callable[[], Any]) -> bool | str:
-    """As `validate_inputs` answers: True, or what is wrong. What is linked is not known yet (None), and checked when the node runs."""
-    try:
-        if given is not None:
-            check()
-    except ValueError as e:
-        return str(e)
-    return True
 
 
 def _variable(name: str) -> str:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from promptloop_pipeline.schedule import RefinementSchedule
 
-from .types import HISTORY, REFINER, RUN
+from .types import HISTORY, REFINER, RUN, problem
 
 _AT = "20%, 50%, 80%"
 _AT_HELP = (
@@ -80,15 +80,14 @@ def _loop(
 
 
 def readable(refine_at: str | None, steps: int | None = None) -> bool | str:
-    """For validate_inputs: True, or what is wrong. Values that come along a wire are None."""
-    try:
-        if refine_at is not None:
-            schedule = RefinementSchedule.parse(refine_at)
-            if steps is not None:
-                schedule.steps(steps)
-    except ValueError as e:
-        return str(e)
-    return True
+    """For validate_inputs: True, or what is wrong with a schedule, also for a run of so many steps."""
+
+    def check() -> None:
+        schedule = RefinementSchedule.parse(str(refine_at))
+        if steps is not None:
+            schedule.steps(steps)
+
+    return problem(refine_at, check)
 
 
 class PromptLoop(io.ComfyNode):

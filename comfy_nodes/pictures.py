@@ -50,13 +50,13 @@ def samples_of(decoded: Any, count: int) -> list[Any]:
         raise ValueError(f"the VAE decoded {frames.shape[0]} pictures from {count} latents; it does not go with this model")
     if each == 1:
         return to_pil(frames)
-    return [contact_sheet(to_pil(frames[_spread(each, SHEET, k * each)])) for k in range(count)]
+    return [contact_sheet(to_pil(frames[k * each : (k + 1) * each][spread(each, SHEET)])) for k in range(count)]
 
 
-def _spread(frames: int, wanted: int, start: int) -> list[int]:
-    """At most `wanted` indices from the first to the last frame."""
+def spread(frames: int, wanted: int) -> list[int]:
+    """At most `wanted` indices, evenly from the first to the last frame."""
     wanted = min(wanted, frames)
-    return [start + round(k * (frames - 1) / max(wanted - 1, 1)) for k in range(wanted)]
+    return [round(k * (frames - 1) / max(wanted - 1, 1)) for k in range(wanted)]
 
 
 def contact_sheet(frames: Sequence[Any]) -> Any:

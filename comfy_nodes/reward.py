@@ -9,7 +9,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import scoring
-from .pictures import to_pil
+from .pictures import spread, to_pil
+from .types import problem
 
 DEVICES = ("gpu", "cpu")
 KEPT = 4  # rewards that stay in memory
@@ -130,10 +131,7 @@ def _how() -> list[Any]:
 
 def _valid(rewards: Any) -> bool | str:
     text = rewards[0] if isinstance(rewards, (list, tuple)) else rewards
-    try:
-        return text is None or bool(scoring.read_rewards(text))
-    except ValueError as e:
-        return str(e)
+    return problem(text, lambda: scoring.read_rewards(str(text)))
 
 
 def _settings(weights: Any, device: Any, allow_download: Any) -> dict[str, Any]:
@@ -305,9 +303,7 @@ def _picture(latent: Any) -> Any:
 def _frames(decoded: Any, count: int) -> list[list[Any]]:
     """For each of `count` samples its picture, or some frames of its video. decoded: [count, H, W, C] or [count, frames, H, W, C]."""
     frames = decoded.reshape(count, -1, *decoded.shape[-3:])
-    n = frames.shape[1]
-    wanted = sorted({round(k * (n - 1) / max(min(n, FRAMES) - 1, 1)) for k in range(min(n, FRAMES))})
-    return [to_pil(each[wanted]) for each in frames]
+    return [to_pil(each[spread(frames.shape[1], FRAMES)]) for each in frames]
 
 
 def _rows(first: Any, second: Any, keep: Sequence[bool]) -> Any:
